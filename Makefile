@@ -1,0 +1,55 @@
+# Every target sets itself up: python3, pip and make are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
+PYTESTARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "constraints.txt needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	@# Some distributions ship venv without ensurepip; then the pip at hand installs one.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null \
+	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	       && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[test,examples]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+demo: $(STAMP) ## Train, quantize and export a digit classifier
+	$(BIN)/python examples/digits.py
+
+# One thread per worker, and none of them spinning while it waits.
+test: $(STAMP) ## Run the tests in parallel, with coverage
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTESTARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict lightning_linger
+
+bench: $(STAMP) ## Measure what quantization-aware training costs, as ratios
+	$(BIN)/python -m benchmarks
+
+docs: $(DOCS_STAMP) ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache \
+	  .ruff_cache .hypothesis lightning_logs
+	find lightning_linger tests benchmarks examples -name __pycache__ -type d -prune \
+	  -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,52 @@
+"""Quantization-aware training as PyTorch Lightning callbacks.
+
+What you train is, bit for bit, what the chip runs.
+"""
+
+from lightning_linger.__about__ import __version__
+from lightning_linger.core.config import FuseConfig, Limit, NormalizeConfig, QuantConfig
+from lightning_linger.core.errors import (
+    ConfigError,
+    LingerError,
+    NonFiniteError,
+    NotReadyError,
+    QuantizationWarning,
+    UnsupportedError,
+)
+from lightning_linger.simulate.integer import integer
+from lightning_linger.stages.calibrate import calibrate
+from lightning_linger.stages.fuse_bn import fuse_bn
+from lightning_linger.stages.normalize import normalize
+from lightning_linger.stages.prepare import prepare, strip
+from lightning_linger.stages.quantize import quantize
+from lightning_linger.stages.selection import (
+    disable_normalize,
+    disable_quant,
+    normalize_module,
+    quant_module,
+)
+
+__all__ = [
+    "ConfigError",
+    "FuseConfig",
+    "Limit",
+    "LingerError",
+    "NonFiniteError",
+    "NormalizeConfig",
+    "NotReadyError",
+    "QuantConfig",
+    "QuantizationWarning",
+    "UnsupportedError",
+    "__version__",
+    "calibrate",
+    "disable_normalize",
+    "disable_quant",
+    "fuse_bn",
+    "integer",
+    "normalize",
+    "normalize_module",
+    "prepare",
+    "quant_module",
+    "quantize",
+    "strip",
+]

@@ -1,0 +1,1 @@
+"""Numbers, quantizers, tags, sites and the function mode. Imports neither Lightning nor ONNX."""

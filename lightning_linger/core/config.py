@@ -1,0 +1,178 @@
+"""Frozen configuration dataclasses. Every field is a plain value, so YAML and a CLI can write it."""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_linger.core.errors import ConfigError, near_matches
+from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind
+from lightning_linger.core.ranges import RANGE_KINDS
+from lightning_linger.core.rounding import ROUNDINGS, Rounding
+
+Granularity = Literal["tensor", "channel"]
+FuseMode = Literal["running", "batch", "frozen"]
+LimitGradient = Literal["zero", "pull"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a site is quantized.
+
+    Args:
+        platform: Name of the target, see :mod:`lightning_linger.platforms`.
+        weight_bits: Width of weights, 2 to 16.
+        activation_bits: Width that a site's *input* must have, 2 to 16; where a producer has
+            another width the value is requantized.
+        output_bits: Width of a site's own output, 2 to 32; None gives float results from integer
+            inputs and weights.
+        bias_bits: Width of biases at scale ``step_x * step_w``, 8 to 32.
+        scale: ``power_of_two`` or ``free``; None takes the platform's.
+        granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
+        rounding: None takes the platform's.
+        range: Range estimator of activations (``ema_absmax``, ``ema_minmax``, ``absmax``,
+            ``minmax``), or a number for a fixed range.
+        ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
+            positive side (linger).
+        ahead_bn_relu: The same for a batch norm, folded or not.
+        ahead_linear_relu: The same for a linear layer.
+        strict_platform: Make what the engine cannot run an error at set-up instead of a finding.
+    """
+
+    platform: str = "venusa"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    output_bits: int | None = 8
+    bias_bits: int = 32
+    scale: ScaleKind | None = None
+    granularity: Granularity | None = None
+    rounding: Rounding | None = None
+    range: str | float = "ema_absmax"
+    ahead_conv_relu: bool = True
+    ahead_bn_relu: bool = True
+    ahead_linear_relu: bool = True
+    strict_platform: bool = False
+
+    def __post_init__(self) -> None:
+        _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
+        _require_bits("activation_bits", self.activation_bits, MIN_BITS, 16)
+        _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
+        if self.output_bits is not None:
+            _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        _require_choice("scale", self.scale, ("power_of_two", "free", None))
+        _require_choice("granularity", self.granularity, ("tensor", "channel", None))
+        _require_choice("rounding", self.rounding, (*ROUNDINGS, None))
+        if isinstance(self.range, str):
+            _require_choice("range", self.range, RANGE_KINDS)
+        elif not (math.isfinite(self.range) and self.range > 0):
+            msg = f"`range` must be a positive number or one of {RANGE_KINDS}. Found: {self.range}."
+            raise ConfigError(msg)
+
+    def override(self, fields: dict[str, Any]) -> "QuantConfig":
+        """Return a copy with some fields replaced, after checking their names."""
+        return override(self, fields)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper bound for absolute values.
+
+    Args:
+        kind: ``static`` (the value itself), ``mean`` (a multiple of the mean absolute value) or
+            ``percentile`` (of the absolute values, 0 to 100).
+        value: The bound, the multiple, or the percentile.
+    """
+
+    kind: Literal["static", "mean", "percentile"]
+    value: float
+
+    @staticmethod
+    def parse(spec: "float | str | Limit") -> "Limit":
+        """Read ``8.0`` (static), ``"7*mean"`` or ``"99.9%"``."""
+        if isinstance(spec, Limit):
+            limit = spec
+        elif isinstance(spec, int | float) and not isinstance(spec, bool):
+            limit = Limit("static", float(spec))
+        elif isinstance(spec, str) and (found := re.fullmatch(r"([\d.]+)\s*\*\s*mean", spec)):
+            limit = Limit("mean", float(found[1]))
+        elif isinstance(spec, str) and (found := re.fullmatch(r"([\d.]+)\s*%", spec)):
+            limit = Limit("percentile", float(found[1]))
+        else:
+            msg = f"a limit is a positive number, '7*mean' or '99.9%'. Found: {spec!r}."
+            raise ConfigError(msg)
+        top = 100.0 if limit.kind == "percentile" else math.inf
+        if not 0 < limit.value <= top or math.isinf(limit.value):
+            msg = f"a {limit.kind} limit must be in (0, {top}]. Found: {limit.value}."
+            raise ConfigError(msg)
+        return limit
+
+
+@dataclass(frozen=True)
+class NormalizeConfig:
+    """Range limits of the constrained float stage (linger's ``normalize_layers``).
+
+    Args:
+        weight: Limit of weights: a number, ``"7*mean"`` (a multiple of the mean absolute value),
+            ``"99.9%"`` (a percentile), or None for no limit.
+        bias: Limit of biases, likewise.
+        output: Limit of layer outputs, likewise; a dynamic one is averaged over training steps.
+        gradient: Outside a limit the gradient is ``zero``, or linger's constant ``pull`` of
+            +-0.01 back inside.
+    """
+
+    weight: float | str | None = 8.0
+    bias: float | str | None = None
+    output: float | str | None = 8.0
+    gradient: LimitGradient = "zero"
+
+    def __post_init__(self) -> None:
+        for spec in (self.weight, self.bias, self.output):
+            if spec is not None:
+                Limit.parse(spec)
+        _require_choice("gradient", self.gradient, ("zero", "pull"))
+
+    def override(self, fields: dict[str, Any]) -> "NormalizeConfig":
+        """Return a copy with some fields replaced, after checking their names."""
+        return override(self, fields)
+
+
+@dataclass(frozen=True)
+class FuseConfig:
+    """How batch norms are folded into the layer before them.
+
+    Args:
+        mode: ``running`` (one convolution with the running statistics, batch norm on its output),
+            ``batch`` (fold with the batch's statistics, two convolutions; linger's way) or
+            ``frozen`` (running statistics, which no longer move).
+    """
+
+    mode: FuseMode = "running"
+
+    def __post_init__(self) -> None:
+        _require_choice("mode", self.mode, ("running", "batch", "frozen"))
+
+
+def override(config: Any, fields: dict[str, Any]) -> Any:
+    """Return ``dataclasses.replace(config, **fields)`` with a readable error for a wrong name."""
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in fields:
+        if name not in known:
+            msg = (
+                f"{type(config).__name__} has no field {name!r}. Similar: "
+                f"{near_matches(name, known)}."
+            )
+            raise ConfigError(msg)
+    return dataclasses.replace(config, **fields)
+
+
+def _require_bits(name: str, bits: object, low: int, high: int) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
+        msg = f"`{name}` must be an integer from {low} to {high}. Found: {bits!r}."
+        raise ConfigError(msg)
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        msg = f"`{name}` must be one of {choices}. Found: {value!r}."
+        raise ConfigError(msg)

@@ -1,0 +1,120 @@
+"""Fused fake-quantize: round to a grid and come back to float, with a clipping-aware gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.rounding import ROUNDINGS
+
+Scalar = float | Tensor
+Bound = int | Tensor
+
+# From this many codes on, the gradient mask is taken from the output (see `fake_quantize`).
+OUTPUT_MASK_CODES = 128
+
+
+def quantize_codes(x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str) -> Tensor:
+    """Return ``clamp(round(x / step), low, high)`` as a new float tensor of whole numbers.
+
+    With a power-of-two step the division is exact, so the float result is the integer result
+    whenever ``|x / step| < 2^23`` in float32.
+    """
+    if rounding == "half_up" and _is_power_of_two(step):
+        half = x.new_full((), 0.5)
+        codes = torch.add(half, x, alpha=1.0 / float(step)).floor_()
+    else:
+        codes = ROUNDINGS[rounding](x / step)
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = torch.as_tensor(low, device=x.device), torch.as_tensor(high, device=x.device)
+        return torch.minimum(torch.maximum(codes, low), high)
+    return codes.clamp_(low, high)
+
+
+def _is_power_of_two(step: Scalar) -> bool:
+    # `alpha=` multiplies by the reciprocal, which equals the division for powers of two only.
+    return isinstance(step, float) and (step.hex().startswith("0x1.0000000000000p"))
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        step: Scalar,
+        low: Bound,
+        high: Bound,
+        rounding: str,
+        from_output: bool,
+    ) -> Tensor:
+        y = quantize_codes(x, step, low, high, rounding).mul_(step)
+        slack = 0.0 if from_output else 0.5
+        edges = ((low - slack) * step, (high + slack) * step)
+        value = y if from_output else x
+        if isinstance(edges[0], Tensor):
+            ctx.edges = None
+            ctx.save_for_backward(value, *edges)
+        else:
+            ctx.edges = edges
+            ctx.save_for_backward(value)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if ctx.edges is None:
+            value, below, above = ctx.saved_tensors
+            masked = grad * ((value > below) & (value < above))
+        else:
+            (value,) = ctx.saved_tensors
+            masked = torch.ops.aten.hardtanh_backward(grad, value, *ctx.edges)
+        return masked, None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str = "half_up"
+) -> Tensor:
+    """Return ``step * clamp(round(x / step), low, high)``.
+
+    The gradient is the straight-through one inside the clipping range and zero outside. For grids of
+    128 codes and more the mask is taken from the *output*, whose two end codes count as clipped:
+    the output is what the next layer saves anyway, so nothing extra is kept for backward (LISTENAI
+    linger's CUDA kernels use this rule). Coarser grids keep the input, where losing two codes of
+    four would hurt.
+
+    Args:
+        x: Floating tensor of any shape.
+        step: Positive step, ``real = step * code``: a float, or a tensor that broadcasts to ``x``.
+        low: Smallest code, e.g. -128, or 0 where a ReLU follows.
+        high: Largest code, e.g. 127. A bound that depends on a tensor step (ReLU6) is a tensor too.
+        rounding: A name from :mod:`lightning_linger.core.rounding`.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        wide = isinstance(low, Tensor) or isinstance(high, Tensor)
+        from_output = wide or high - low >= OUTPUT_MASK_CODES - 1
+        out: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, step, low, high, rounding, from_output
+        )
+        return out
+    return quantize_codes(x, step, low, high, rounding).mul_(step)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0]
+
+
+def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    """Return ``value`` exactly, with the gradient of ``carrier`` (same shape)."""
+    if torch.is_grad_enabled() and carrier.requires_grad:
+        out: Tensor = _StraightThrough.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+        return out
+    return value

@@ -1,0 +1,69 @@
+"""The integer grid a tensor is rounded to: bits, scale kind and rounding, without any state."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.rounding import ROUNDINGS, Rounding
+
+ScaleKind = Literal["power_of_two", "free"]
+
+MIN_BITS, MAX_BITS = 2, 32
+# Exponents at which float32 products of two scales stay normal numbers, and shifts fit a register.
+MIN_EXPONENT, MAX_EXPONENT = -31, 31
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Signed symmetric integers ``[-2^(bits-1), 2^(bits-1) - 1]`` times a positive step.
+
+    Args:
+        bits: Width of the integer, 2 to 32.
+        scale_kind: ``power_of_two`` (``step = 2^e``) or ``free`` (any positive float32).
+        rounding: Name of a rule of :mod:`lightning_linger.core.rounding`.
+        narrow: Leave out the most negative code, so that the grid is symmetric around zero.
+    """
+
+    bits: int = 8
+    scale_kind: ScaleKind = "power_of_two"
+    rounding: Rounding = "half_up"
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            msg = f"bits must be an integer from {MIN_BITS} to {MAX_BITS}. Found: {self.bits!r}."
+            raise ConfigError(msg)
+        if self.rounding not in ROUNDINGS:
+            msg = f"rounding must be one of {sorted(ROUNDINGS)}. Found: {self.rounding!r}."
+            raise ConfigError(msg)
+        if self.scale_kind not in ("power_of_two", "free"):
+            msg = f"scale kind must be 'power_of_two' or 'free'. Found: {self.scale_kind!r}."
+            raise ConfigError(msg)
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    def step(self, absmax: Tensor) -> Tensor:
+        """Return the step that covers ``[-absmax, absmax]`` (elementwise; zero gives a neutral one).
+
+        A power-of-two step is the smallest ``2^e`` with ``absmax <= 2^(bits-1) * 2^e``: a range that
+        is itself a power of two (the usual range limit) keeps every bit, at the price of half a step
+        at the very top. A free step is ``absmax / (2^(bits-1) - 1)``.
+        """
+        absmax = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
+        if self.scale_kind == "free":
+            return absmax / self.qmax
+        mantissa, exponent = torch.frexp(absmax)
+        exponent = exponent - (mantissa == 0.5).to(exponent.dtype) - (self.bits - 1)
+        exponent = exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+        return torch.ldexp(torch.ones_like(absmax), exponent)

@@ -1,0 +1,320 @@
+"""All state that is added to a model lives in one submodule; around its forwards runs one mode."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_linger.core.errors import NotReadyError, QuantizationWarning
+from lightning_linger.core.functions import CANONICAL, MUTATING, Canonical
+from lightning_linger.core.graph import Graph
+from lightning_linger.core.integer import dequantize
+from lightning_linger.core.locations import caller_location
+from lightning_linger.core.movement import move
+from lightning_linger.core.recorder import Recorder
+from lightning_linger.core.registry import Op, op_of
+from lightning_linger.core.sites import Site, Switches
+from lightning_linger.core.tags import drop_tag, tag_of, takes_activations, with_tag
+
+STATE_NAME = "_linger"
+STATE_PREFIX = STATE_NAME + "."
+
+_DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
+
+# Called after each site ran, with the site, its bound call and its result.
+Tap = Callable[[Site, Any, Any], None]
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, instrumentation: Instrumentation) -> None:
+        super().__init__()
+        self.instrumentation = instrumentation
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.instrumentation.call(func, args, kwargs or {})
+
+
+class Activation:
+    """One running call of an instrumented module: which one, and what it has called so far."""
+
+    __slots__ = ("counts", "invocation", "path", "sites")
+
+    def __init__(self, path: str, invocation: int, sites: dict[str, list[Site]]) -> None:
+        self.path = path
+        self.invocation = invocation
+        self.sites = sites
+        self.counts: dict[str, int] = {}
+
+    def count(self, op: str) -> int:
+        """Return how many calls of ``op`` came before, and count this one."""
+        index = self.counts.get(op, 0)
+        self.counts[op] = index + 1
+        return index
+
+    def key(self, op: str, index: int) -> str:
+        """Return the site key of the ``index``-th call of ``op`` in this module call."""
+        return site_key(self.path, self.invocation, op, index)
+
+
+def site_key(path: str, invocation: int, op: str, index: int) -> str:
+    """Format a site key, e.g. ``layer1.0.conv1/conv2d/0`` or ``head@1/linear/0``."""
+    suffix = f"@{invocation}" if invocation else ""
+    return f"{path}{suffix}/{op}/{index}"
+
+
+class Frame:
+    """The hooks of one module. Bound methods, so that deepcopy and pickle carry them along."""
+
+    def __init__(self, instrumentation: Instrumentation, path: str) -> None:
+        self.instrumentation = instrumentation
+        self.path = path
+        self.invocations = 0
+        self.sites: list[dict[str, list[Site]]] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook."""
+        instrumentation = self.instrumentation
+        if not instrumentation.engaged:
+            return
+        if not instrumentation.stack:
+            instrumentation.begin()
+        invocation = self.invocations
+        self.invocations = invocation + 1
+        sites = self.sites[invocation] if invocation < len(self.sites) else {}
+        instrumentation.stack.append(Activation(self.path, invocation, sites))
+
+    def exit(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook, called after an error too."""
+        instrumentation = self.instrumentation
+        stack = instrumentation.stack
+        if not stack or stack[-1].path != self.path:
+            return None
+        stack.pop()
+        if stack:
+            return None
+        return instrumentation.end(output)
+
+
+class Instrumentation(nn.Module):
+    """Sites, quantizers and learned scales of a model, and the function mode that finds them.
+
+    Attributes:
+        switches: What is on.
+        sites: The sites by key; every key of the ``state_dict`` below starts with ``_linger.``.
+        graph: The recorded dataflow.
+        tap: Called after each site ran, None to call nothing.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.switches = Switches()
+        self.graph = Graph([])
+        self.tap: Tap | None = None
+        self.recorder: Recorder | None = None
+        self.stack: list[Activation] = []
+        self.site = nn.ModuleDict()
+        self._mode = _Mode(self)
+        self._warned: set[str] = set()
+        self._frames: dict[str, Frame] = {}
+        self._handles: list[Any] = []
+        for path, module in root.named_modules():
+            frame = Frame(self, path)
+            self._frames[path] = frame
+            self._handles += [
+                module.register_forward_pre_hook(frame.enter),
+                module.register_forward_hook(frame.exit, always_call=True),
+            ]
+        self.train(root.training)
+
+    @property
+    def engaged(self) -> bool:
+        """Whether a forward has to run under the mode."""
+        return self.recorder is not None or self.switches.any_stage
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites in execution order."""
+        return [site for site in self.site.values() if isinstance(site, Site)]
+
+    def find(self, key: str) -> Site:
+        """Return the site of a key."""
+        return self.site[_module_name(key)]  # type: ignore[return-value]
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a site of this key."""
+        return _module_name(key) in self.site
+
+    def thaw(self) -> None:
+        """Forget everything that evaluation derived from weights and ranges."""
+        for site in self.sites:
+            site.thaw()
+            for quantizer in site.quantizers():
+                quantizer.thaw()
+
+    def detach_hooks(self) -> None:
+        """Remove every hook from the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def create_sites(self, graph: Graph, root: nn.Module) -> None:
+        """Make one site per recorded call that has a quantized meaning."""
+        self.graph = graph
+        for node in graph:
+            op = op_of(node.op)
+            if op is None or not op.has_site:
+                continue
+            site = Site(node, op, root.get_submodule(node.owner), self.switches)
+            self.site[_module_name(node.key)] = site
+            frame = self._frames[node.owner]
+            while len(frame.sites) <= node.invocation:
+                frame.sites.append({})
+            frame.sites[node.invocation].setdefault(node.op, []).append(site)
+        self.train(root.training)
+
+    def begin(self) -> None:
+        """Enter the mode, at the outermost call of an instrumented module."""
+        self.switches.recomputing = (
+            not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        )
+        self._mode.__enter__()
+
+    def end(self, output: Any) -> Any:
+        """Leave the mode. Integers become real values, which keep their tag."""
+        self._mode.__exit__(None, None, None)
+        for frame in self._frames.values():
+            frame.invocations = 0
+        if self.recorder is not None:
+            self.recorder.returned(output)
+            return None
+        if self.switches.system == "integer" and self.switches.quantize:
+            return tree_map_only(Tensor, _real_with_tag, output)
+        return None
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one torch function of the model."""
+        canonical = CANONICAL.get(func)
+        if self.recorder is not None:
+            return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])
+        op = op_of(canonical.op) if canonical is not None else None
+        if canonical is None or op is None:
+            return self._run_plain(func, args, kwargs)
+        if not op.has_site:
+            return move(func, args, kwargs)
+        if not takes_activations(args, kwargs):
+            return self._run_plain(func, args, kwargs)
+        site = self._find_site(op, args, kwargs)
+        system = site.system() if site is not None else None
+        if site is None or system is None:
+            return self._run_plain(func, args, kwargs)
+        result = self._run_site(site, op, canonical, system, args, kwargs)
+        if result is NotImplemented:
+            return self._run_plain(func, args, kwargs)
+        if self.tap is not None:
+            self.tap(site, op.bind(*args, **kwargs), result)
+        return result
+
+    def _run_site(
+        self,
+        site: Site,
+        op: Op,
+        canonical: Canonical,
+        system: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        call = op.bind(*_in_order(args, canonical), **kwargs)
+        if system == "fake":
+            return op.fake(site, call)
+        if system == "integer":
+            return op.integer(site, call)
+        return op.float(site, call)
+
+    def _find_site(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
+        activation = self.stack[-1]
+        index = activation.count(op.kind)
+        known = activation.sites.get(op.kind)
+        if known is not None and index < len(known):
+            return known[index]
+        if self.switches.quantize and not torch.compiler.is_compiling():
+            leaves = tree_leaves((args, kwargs))
+            if not op.needs_quantized_operand or any(tag_of(leaf) for leaf in leaves):
+                self._warn_unknown(activation.key(op.kind, index))
+        return None
+
+    def _warn_unknown(self, key: str) -> None:
+        if key in self._warned:
+            return
+        self._warned.add(key)
+        warnings.warn(
+            f"`{key}` at {caller_location()} was not met when the sites were found and stays "
+            "float. Pass example inputs that reach it to `linger.prepare`.",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+
+    def _run_plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.switches.system == "integer":
+            if func == _DTYPE_GETTER and (tag := tag_of(args[0])) is not None:
+                return tag.dtype
+            if func in _IS_FLOATING_POINT and tag_of(args[0]) is not None:
+                return True
+            args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
+        result = func(*args, **kwargs)
+        if func in MUTATING and args and isinstance(args[0], Tensor):
+            drop_tag(args[0])
+        return result
+
+
+def real_values(x: Tensor) -> Tensor:
+    """Return the real values of a tensor: integers are dequantized, everything else passes."""
+    tag = tag_of(x)
+    if tag is None or x.dtype.is_floating_point:
+        return x
+    return dequantize(x, float(tag.step), "").to(tag.dtype)
+
+
+def _real_with_tag(x: Tensor) -> Tensor:
+    tag = tag_of(x)
+    if tag is None or x.dtype.is_floating_point:
+        return x
+    return with_tag(real_values(x), tag)
+
+
+def _in_order(args: tuple[Any, ...], canonical: Canonical) -> tuple[Any, ...]:
+    return (args[1], args[0], *args[2:]) if canonical.swapped else args
+
+
+def _module_name(key: str) -> str:
+    return key.replace(".", ":")
+
+
+def instrumentation_of(model: nn.Module) -> Instrumentation:
+    """Return the instrumentation of a prepared model.
+
+    Raises:
+        NotReadyError: If the model was never prepared.
+    """
+    found = getattr(model, STATE_NAME, None)
+    if not isinstance(found, Instrumentation):
+        msg = (
+            f"{type(model).__name__} is not prepared. Call `linger.prepare(model, example_inputs)` "
+            "first, or add the callbacks to a Trainer."
+        )
+        raise NotReadyError(msg)
+    return found
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether the model carries an instrumentation."""
+    return isinstance(getattr(model, STATE_NAME, None), Instrumentation)

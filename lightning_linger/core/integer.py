@@ -1,0 +1,110 @@
+"""Entering, leaving and changing the integer grid, as custom ops that every graph capture records."""
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.rounding import ROUNDINGS
+
+# float32 holds every integer below this magnitude.
+EXACT_FLOAT32 = 2**24
+
+
+def payload_dtype(bits: int) -> torch.dtype:
+    """Return the smallest integer dtype that holds ``bits``."""
+    if bits <= 8:
+        return torch.int8
+    return torch.int16 if bits <= 16 else torch.int32
+
+
+def code_limits(bits: int) -> tuple[int, int]:
+    """Return the smallest and the largest code of a width."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def is_power_of_two(x: float) -> bool:
+    """Whether a positive float is a power of two, so that multiplying by it is exact."""
+    return x > 0 and x.hex().startswith("0x1.0000000000000p")
+
+
+def rescale(acc: Tensor, ratio: Tensor | float, low: int, high: int, rounding: str) -> Tensor:
+    """Return ``clamp(round(acc * ratio), low, high)`` as a float tensor; may overwrite ``acc``.
+
+    Args:
+        acc: Whole numbers in float32 (below 2^24 in magnitude, the half included) or float64.
+        ratio: ``step_in / step_out``. Powers of two are exact (a shift); others multiply in the
+            precision of ``acc``, float32 being what onnxruntime's kernels do.
+        low: Smallest code of the result.
+        high: Largest code of the result.
+        rounding: A name from :mod:`lightning_linger.core.rounding`.
+    """
+    scaled = acc.mul_(ratio)
+    if rounding == "half_up":
+        return scaled.add_(0.5).floor_().clamp_(low, high)
+    return ROUNDINGS[rounding](scaled).clamp_(low, high)
+
+
+def to_payload(codes: Tensor, bits: int) -> Tensor:
+    """Store whole numbers of a float tensor in the payload dtype of ``bits``."""
+    return codes.to(payload_dtype(bits))
+
+
+def wide(x: Tensor, bits: int) -> Tensor:
+    """Bring a payload to the float dtype in which it can be rescaled exactly."""
+    return x.to(torch.float32 if bits <= 16 else torch.float64)
+
+
+@torch.library.custom_op("linger::quantize", mutates_args=())
+def quantize(
+    x: Tensor, scale: float, bits: int, low: int, high: int, rounding: str, platform: str
+) -> Tensor:
+    """Round real values to codes: ``clamp(round(x / scale), low, high)``."""
+    codes = ROUNDINGS[rounding](x / scale).clamp_(low, high)
+    return to_payload(codes, bits)
+
+
+@quantize.register_fake
+def _(
+    x: Tensor, scale: float, bits: int, low: int, high: int, rounding: str, platform: str
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=payload_dtype(bits))
+
+
+@torch.library.custom_op("linger::dequantize", mutates_args=())
+def dequantize(x: Tensor, scale: float, platform: str) -> Tensor:
+    """Return the real values ``x * scale`` in float32."""
+    if x.dtype == torch.int32:
+        return (x.double() * scale).float()
+    return x.float().mul_(scale)
+
+
+@dequantize.register_fake
+def _(x: Tensor, scale: float, platform: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("linger::requantize", mutates_args=())
+def requantize(
+    x: Tensor,
+    scale_x: float,
+    scale_o: float,
+    bits_x: int,
+    bits: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    """Bring codes to another scale or width."""
+    codes = rescale(wide(x, bits_x), scale_x / scale_o, *code_limits(bits), rounding)
+    return to_payload(codes, bits)
+
+
+@requantize.register_fake
+def _(
+    x: Tensor,
+    scale_x: float,
+    scale_o: float,
+    bits_x: int,
+    bits: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=payload_dtype(bits))

@@ -1,0 +1,42 @@
+"""What a target does differently, as data. The targets themselves are in `lightning_linger.platforms`."""
+
+from dataclasses import dataclass
+
+from lightning_linger.core.config import Granularity
+from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.rounding import Rounding
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The arithmetic of a target and the defaults it asks for.
+
+    Args:
+        name: Name users write.
+        scale: Default kind of scale.
+        granularity: Default granularity of weight scales.
+        rounding: Rounding wherever a result is brought to fewer bits.
+        narrow_weights: Weights leave out their most negative code.
+        rescale: How an accumulator is brought to the output scale: ``shift`` (exact, power-of-two
+            scales, right shifts only: a result is never finer than its operands) or ``multiply``
+            (a float32 multiplier, as onnxruntime's integer kernels do).
+        add: ``round_operands`` rounds each operand to the output scale, saturates, then adds with
+            saturation (LUNA); ``round_sum`` rounds once.
+        dialect: Export dialect the target reads.
+        engine_name: How the dialect spells the target.
+    """
+
+    name: str
+    scale: ScaleKind
+    granularity: Granularity
+    rounding: Rounding
+    narrow_weights: bool
+    rescale: str
+    add: str
+    dialect: str
+    engine_name: str
+
+    @property
+    def right_shift_only(self) -> bool:
+        """Whether a result may not be finer than the accumulator it comes from."""
+        return self.rescale == "shift"

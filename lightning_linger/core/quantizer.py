@@ -1,0 +1,167 @@
+"""The activation quantizer: a grid, a range estimator, and the window its follower lets through."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
+from lightning_linger.core.grid import Grid
+from lightning_linger.core.ranges import RangeEstimator, RangeKind
+from lightning_linger.core.tags import Tag, with_tag
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a value that matters to what follows.
+
+    Args:
+        low: Codes below are clamped (0 when a ReLU follows).
+        high: Codes above are clamped (6 when a ReLU6 follows).
+        cap: The observed range is cut here, codes are not clamped (a range limit of the float
+            stage, or 8 before a sigmoid).
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    cap: float = math.inf
+
+    def __and__(self, other: "Window") -> "Window":
+        """Return the intersection of two windows."""
+        return Window(
+            max(self.low, other.low), min(self.high, other.high), min(self.cap, other.cap)
+        )
+
+
+class Quantizer(nn.Module):
+    """Rounds one activation tensor of the model to its grid.
+
+    A call that learns moves the range first and then rounds with it. In evaluation mode the step is
+    frozen at the first call.
+
+    Args:
+        name: The site and role, e.g. ``layer1.0.conv1/conv2d/0``; used in messages and tags.
+        grid: Bits, scale kind and rounding.
+        range: Kind of the range estimator, or a fixed absolute maximum.
+        window: What the follower lets through.
+    """
+
+    def __init__(
+        self, name: str, grid: Grid, range: RangeKind | float, window: Window | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.grid = grid
+        self.window = window or Window()
+        self.estimator = RangeEstimator(range, name)
+        self._frozen_step: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether a range has been seen, so that the quantizer can be used."""
+        return self.estimator.known
+
+    def observe(self, x: Tensor, cap: float = math.inf) -> None:
+        """Move the range by one batch, as far as the window and a range limit let through."""
+        cap = min(self.window.cap, self.window.high, cap)
+        self.estimator.observe(x, max(self.window.low, -cap), cap)
+
+    def step(self, minimum: Scalar | None = None) -> Scalar:
+        """Return the step in use.
+
+        Args:
+            minimum: The finest step the platform can reach here (``step_x * step_w`` behind a
+                convolution whose accumulator can only be shifted right).
+
+        Returns:
+            A float once frozen (evaluation, outside graph capture), else a 0-dim tensor.
+        """
+        if self._frozen_step is not None:
+            return self._frozen_step
+        step = self.grid.step(self.estimator.absmax())
+        if minimum is not None:
+            step = torch.maximum(step, torch.as_tensor(minimum, dtype=step.dtype, device=step.device))
+        if not self.training and not torch.compiler.is_compiling():
+            self._frozen_step = step.item()
+            return self._frozen_step
+        return step
+
+    def code_bounds(self, step: Scalar, clamp: bool = True) -> tuple[Bound, Bound]:
+        """Return the smallest and largest code at this step, the window included if ``clamp``."""
+        low: Bound = self.grid.qmin
+        high: Bound = self.grid.qmax
+        if clamp and self.window.low > -math.inf:
+            low = _edge_code(self.window.low, step, self.grid)
+        if clamp and self.window.high < math.inf:
+            high = _edge_code(self.window.high, step, self.grid)
+        return low, high
+
+    def forward(
+        self,
+        x: Tensor,
+        minimum: Scalar | None = None,
+        learn: bool = False,
+        cap: float = math.inf,
+    ) -> Tensor:
+        """Observe (if learning), round, tag.
+
+        Args:
+            x: Plain floating tensor.
+            minimum: See :meth:`step`.
+            learn: Whether the batch moves the range.
+            cap: Range limit: what lies beyond is not covered by the range.
+
+        Returns:
+            The rounded tensor, tagged, of the dtype of ``x``.
+        """
+        values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if learn:
+            self.observe(values, cap)
+        return self.round(values, self.step(minimum), x.dtype)
+
+    def round(
+        self, values: Tensor, step: Scalar, dtype: torch.dtype, clamp: bool = True
+    ) -> Tensor:
+        """Round to the grid with a given step and tag the result, whose dtype becomes ``dtype``."""
+        usable = readable(step, values)
+        low, high = self.code_bounds(usable, clamp)
+        rounded = fake_quantize(values, usable, low, high, self.grid.rounding).to(dtype)
+        return with_tag(rounded, self.tag(step, dtype))
+
+    def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:
+        """Return the tag of a tensor rounded with ``step``."""
+        return Tag(step, self.grid.bits, self.name, dtype)
+
+    def thaw(self) -> None:
+        """Forget the frozen step."""
+        self._frozen_step = None
+
+    def train(self, mode: bool = True) -> "Quantizer":
+        """Switch between moving (training) and frozen (evaluation) ranges."""
+        self.thaw()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.thaw()
+
+    def extra_repr(self) -> str:
+        """Show the grid and the window."""
+        return f"{self.grid}, {self.window}"
+
+
+def readable(step: Scalar, x: Tensor) -> Scalar:
+    """Return a CPU step as a float (the fused kernel), leave it a tensor on a GPU or in a capture."""
+    if isinstance(step, Tensor) and step.device.type == "cpu" and not torch.compiler.is_compiling():
+        return float(step.item()) if step.numel() == 1 else step
+    return step
+
+
+def _edge_code(edge: float, step: Scalar, grid: Grid) -> Bound:
+    if edge == 0.0:
+        return 0
+    if isinstance(step, Tensor):
+        return torch.floor(edge / step + 0.5).clamp(grid.qmin, grid.qmax)
+    return max(grid.qmin, min(grid.qmax, math.floor(edge / step + 0.5)))

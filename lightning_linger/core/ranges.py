@@ -1,0 +1,118 @@
+"""Range estimators: what range of real values a quantizer has to cover."""
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.errors import ConfigError, QuantizationWarning
+
+RangeKind = Literal["ema_absmax", "ema_minmax", "absmax", "minmax"]
+
+RANGE_KINDS: tuple[str, ...] = ("ema_absmax", "ema_minmax", "absmax", "minmax")
+EMA_WEIGHT = 0.1
+
+
+class RangeEstimator(nn.Module):
+    """Tracks the range of a tensor over training steps.
+
+    The moving average starts from the first batch, never from zero: no warm-up is needed.
+
+    Args:
+        kind: ``ema_absmax`` and ``ema_minmax`` average the batch extremes with weight 0.1,
+            ``absmax`` and ``minmax`` keep the extremes of all batches; a positive number is a
+            fixed absolute maximum.
+        name: The layer, for messages.
+
+    Attributes:
+        range: float32 ``[2]``, the lower and upper end.
+        batches: int64, how many batches were seen; 0 means that the range is not known.
+    """
+
+    range: Tensor
+    batches: Tensor
+
+    def __init__(self, kind: RangeKind | float, name: str) -> None:
+        super().__init__()
+        fixed = 0.0
+        if isinstance(kind, int | float):
+            fixed = float(kind)
+            if not (math.isfinite(fixed) and fixed > 0):
+                msg = f"`{name}`: a fixed range must be a positive number. Found: {kind!r}."
+                raise ConfigError(msg)
+        elif kind not in RANGE_KINDS:
+            msg = f"`{name}`: range must be one of {RANGE_KINDS} or a number. Found: {kind!r}."
+            raise ConfigError(msg)
+        self.kind = kind
+        self.name = name
+        self.register_buffer("range", torch.tensor([-fixed, fixed]))
+        self.register_buffer("batches", torch.tensor(int(fixed > 0)))
+        self._known = fixed > 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the range comes from data or was given, so that a scale may be derived from it."""
+        return self._known
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the range was given as a number and never moves."""
+        return isinstance(self.kind, int | float)
+
+    def refresh(self) -> None:
+        """Read back from the buffers what is mirrored in Python, after they were loaded."""
+        self._known = bool(self.batches.item() > 0)
+
+    def absmax(self) -> Tensor:
+        """Return the 0-dim float32 absolute maximum of the range."""
+        return torch.maximum(-self.range[0], self.range[1])
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
+        """Move the range by one batch.
+
+        Args:
+            x: The batch, any shape. Empty batches are ignored; a batch with NaN or infinity is
+                skipped with a warning, so that it cannot poison the scale.
+            low: Values below are clipped before they are observed (0 where a ReLU follows).
+            high: Values above are clipped before they are observed.
+        """
+        if self.fixed or x.numel() == 0:
+            return
+        batch = torch.stack(torch.aminmax(x)).to(self.range.dtype)
+        finite = torch.isfinite(batch).all()
+        if _can_read_values(batch) and not finite.item():
+            warnings.warn(
+                f"`{self.name}`: a batch holds NaN or infinity and is left out of the range.",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+            return
+        if low != -math.inf or high != math.inf:
+            batch = batch.clamp(low, high)
+        self.range.copy_(torch.where(finite, self._merge(batch), self.range))
+        self.batches.add_(finite.to(self.batches.dtype))
+        self._known = True
+
+    def _merge(self, batch: Tensor) -> Tensor:
+        if self.kind in ("ema_absmax", "absmax"):
+            extreme = torch.maximum(-batch[0], batch[1])
+            batch = torch.stack([-extreme, extreme])
+        if self.kind in ("ema_absmax", "ema_minmax"):
+            moved = torch.lerp(self.range, batch, EMA_WEIGHT)
+        else:
+            moved = torch.stack(
+                [torch.minimum(self.range[0], batch[0]), torch.maximum(self.range[1], batch[1])]
+            )
+        return torch.where(self.batches > 0, moved, batch)
+
+    def extra_repr(self) -> str:
+        """Show the kind and the range."""
+        return f"kind={self.kind!r}, range={self.range.tolist()}"
+
+
+def _can_read_values(x: Tensor) -> bool:
+    # On a GPU reading a value stalls the queue, under capture there is no value to read.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

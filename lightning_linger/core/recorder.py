@@ -1,0 +1,134 @@
+"""Recording one forward: which calls the model makes, on which values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.functions import MUTATING, QUERIES, Canonical
+from lightning_linger.core.graph import Node, Run, TensorSpec
+from lightning_linger.core.locations import (
+    caller_location,
+    checkpointed,
+    directly_checkpointed,
+)
+from lightning_linger.core.registry import op_of
+from lightning_linger.core.tags import takes_activations
+
+if TYPE_CHECKING:
+    from lightning_linger.core.instrumentation import Activation
+
+
+class Recorder:
+    """Runs the torch functions of one forward as they are and notes the dataflow.
+
+    Args:
+        constants: ``id`` of every parameter and buffer of the model.
+    """
+
+    def __init__(self, constants: set[int]) -> None:
+        self.run = Run()
+        self._constants = constants
+        self._values: dict[int, int] = {}
+        # Recorded tensors are kept alive, so that an `id` is never reused.
+        self._alive: list[Tensor] = []
+        self._overwritten: dict[int, int] = {}
+
+    def call(
+        self,
+        func: Any,
+        canonical: Canonical | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        activation: Activation,
+    ) -> Any:
+        """Run one function and note it."""
+        if func in QUERIES or not takes_activations(args, kwargs):
+            return func(*args, **kwargs)
+        function = getattr(func, "__name__", str(func))
+        name = canonical.op if canonical is not None else function
+        index = activation.count(name)
+        key = activation.key(name, index)
+        op = op_of(name)
+        if op is not None and op.has_site:
+            self._refuse_lost_checkpoints(key, activation)
+        spec_args = tree_map_only(Tensor, self._spec, args)
+        spec_kwargs = tree_map_only(Tensor, self._spec, kwargs)
+        inputs = tuple(self._spec(x) for x in _tensors((args, kwargs)))
+        self._note_aliases(inputs)
+        if canonical is not None and canonical.swapped:
+            spec_args = (spec_args[1], spec_args[0], *spec_args[2:])
+        inplace = func in MUTATING or bool(kwargs.get("inplace"))
+        result = func(*args, **kwargs)
+        if inplace and isinstance(result, Tensor):
+            if not inputs[0].constant:
+                self._overwritten[inputs[0].value] = len(self.run.nodes)
+            # A new object for the new value tells it from the name it had before.
+            result = result.view_as(result)
+        outputs = tuple(self._new(x) for x in _tensors(result))
+        self.run.nodes.append(
+            Node(
+                key=key,
+                op=name,
+                function=function,
+                owner=activation.path,
+                invocation=activation.invocation,
+                args=spec_args,
+                kwargs=spec_kwargs,
+                inputs=inputs,
+                outputs=outputs,
+                location=caller_location(),
+            )
+        )
+        return result
+
+    def returned(self, output: Any) -> None:
+        """Note what an outermost module call returned."""
+        self.run.returned |= {self._spec(x).value for x in _tensors(output)}
+
+    def _refuse_lost_checkpoints(self, key: str, activation: Activation) -> None:
+        if directly_checkpointed():
+            msg = (
+                f"`{key}` at {caller_location()} runs directly inside "
+                "`torch.utils.checkpoint.checkpoint`, where it cannot be found again during "
+                "backward. Checkpoint a module (`checkpoint(self.block, x)`) instead of a function."
+            )
+            raise UnsupportedError(msg)
+        if activation.invocation and checkpointed():
+            msg = (
+                f"`{key}` at {caller_location()}: a module that is called several times in one "
+                "forward cannot be checkpointed, because backward runs it again out of order. Use "
+                "one module per call, or call it without `torch.utils.checkpoint`."
+            )
+            raise UnsupportedError(msg)
+
+    def _note_aliases(self, inputs: tuple[TensorSpec, ...]) -> None:
+        for spec in inputs:
+            writer = self._overwritten.get(spec.value)
+            if writer is not None:
+                self.run.aliased.add(self.run.nodes[writer].key)
+
+    def _spec(self, x: Tensor) -> TensorSpec:
+        value = self._values.get(id(x))
+        if value is None:
+            return self._new(x)
+        return self._describe(x, value)
+
+    def _new(self, x: Tensor) -> TensorSpec:
+        value = len(self._alive)
+        self._alive.append(x)
+        self._values[id(x)] = value
+        return self._describe(x, value)
+
+    def _describe(self, x: Tensor, value: int) -> TensorSpec:
+        return TensorSpec(
+            value, tuple(x.shape), x.dtype.is_floating_point, id(x) in self._constants
+        )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+

@@ -1,0 +1,45 @@
+"""Rounding to integers: named pure functions, the only place where a rounding rule is written."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["half_up", "half_even", "half_away", "floor", "ceil"]
+
+
+def half_up(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties towards plus infinity: ``floor(x + 0.5)`` (LUNA engines)."""
+    return torch.floor(x + 0.5)
+
+
+def half_even(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties to the even one (IEEE 754, ONNX ``QuantizeLinear``)."""
+    return torch.round(x)
+
+
+def half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties away from zero (C ``round``, TFLite reference kernels)."""
+    magnitude = torch.floor(torch.abs(x) + 0.5)
+    return torch.copysign(magnitude, x)
+
+
+def floor(x: Tensor) -> Tensor:
+    """Round towards minus infinity (a plain arithmetic right shift)."""
+    return torch.floor(x)
+
+
+def ceil(x: Tensor) -> Tensor:
+    """Round towards plus infinity."""
+    return torch.ceil(x)
+
+
+# Stochastic rounding needs a generator and joins this table when gradients are quantized.
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "half_up": half_up,
+    "half_even": half_even,
+    "half_away": half_away,
+    "floor": floor,
+    "ceil": ceil,
+}

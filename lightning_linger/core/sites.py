@@ -1,0 +1,286 @@
+"""A site: one call of one op in one module, with everything the stages attach to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.config import (
+    FuseMode,
+    Granularity,
+    Limit,
+    LimitGradient,
+    QuantConfig,
+)
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize
+from lightning_linger.core.integer import code_limits, payload_dtype, quantize, requantize
+from lightning_linger.core.limits import apply_bound, bound_of
+from lightning_linger.core.quantizer import Quantizer, readable
+from lightning_linger.core.ranges import EMA_WEIGHT
+from lightning_linger.core.rounding import Rounding
+from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
+
+if TYPE_CHECKING:
+    from lightning_linger.core.graph import Node
+    from lightning_linger.core.grid import Grid
+    from lightning_linger.core.platform import Platform
+    from lightning_linger.core.registry import Op
+
+
+@dataclass
+class Switches:
+    """What is on at the moment; one object shared by all sites of a model.
+
+    Args:
+        fuse: Whether batch norms are folded.
+        fuse_mode: How.
+        normalize: Whether range limits act.
+        quantize: Whether quantizers act.
+        system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
+        observing: Whether a training forward moves the ranges.
+        recomputing: Whether this forward is repeated during backward (activation checkpointing);
+            it must see the ranges of the first time.
+    """
+
+    fuse: bool = False
+    fuse_mode: FuseMode = "running"
+    normalize: bool = False
+    quantize: bool = False
+    system: str = "fake"
+    observing: bool = True
+    recomputing: bool = False
+
+    @property
+    def learning(self) -> bool:
+        """Whether a forward in training mode moves ranges now."""
+        return self.observing and not self.recomputing
+
+    @property
+    def any_stage(self) -> bool:
+        """Whether some stage is on."""
+        return self.fuse or self.normalize or self.quantize
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The range limits of one site."""
+
+    weight: Limit | None
+    bias: Limit | None
+    output: Limit | None
+    gradient: LimitGradient
+
+
+class Site(nn.Module):
+    """One call site and what the stages attached to it.
+
+    Attributes:
+        key: ``module.path/op/k``.
+        node: The recorded call.
+        op: Its meaning.
+        switches: What is on in the model.
+        config: How it is quantized; None while it is not (or never) quantized.
+        platform: The target whose arithmetic applies.
+        inputs: Quantizers of operands that arrive as plain floats, by position.
+        output: Quantizer of the result, if the result has a range of its own.
+        weight_grid: Grid of the weight, for layers.
+        fold: The batch norm folded into this layer, if any.
+        merged: For an activation: its clamping happens in the quantizer before it.
+        limits: Range limits of the constrained float stage.
+        why_float: Why the site is not quantized, if so.
+    """
+
+    output_bound: Tensor
+
+    def __init__(self, node: Node, op: Op, owner: nn.Module, switches: Switches) -> None:
+        super().__init__()
+        self.key = node.key
+        self.node = node
+        self.op = op
+        self.switches = switches
+        # Kept out of `_modules`: the site does not own the layer.
+        self.__dict__["owner"] = owner
+        self.__dict__["fold"] = None
+        self.config: QuantConfig | None = None
+        self.platform: Platform | None = None
+        self.inputs = nn.ModuleDict()
+        self.output: Quantizer | None = None
+        self.weight_grid: Grid | None = None
+        self.merged = False
+        self.limits: Limits | None = None
+        self.why_float: str | None = None
+        self.prepared: dict[str, Any] = {}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the quantize stage has a plan for this site."""
+        return self.config is not None
+
+    def quantizers(self) -> list[Quantizer]:
+        """Return the activation quantizers of this site."""
+        own = [q for q in self.inputs.values() if isinstance(q, Quantizer)]
+        return own + ([self.output] if self.output is not None else [])
+
+    @property
+    def learning(self) -> bool:
+        """Whether the forward that runs now moves the ranges of this site."""
+        return self.training and self.switches.learning
+
+    @property
+    def ready(self) -> bool:
+        """Whether every quantizer knows its range, or is about to learn it in this forward."""
+        if self.learning:
+            return True
+        return all(quantizer.known for quantizer in self.quantizers())
+
+    def system(self) -> str | None:
+        """Return the number system in which the site runs now, None for the plain torch function."""
+        switches = self.switches
+        if switches.quantize and self.config is not None and switches.system != "float" and self.ready:
+            return switches.system
+        if (switches.fuse and self.fold is not None) or (switches.normalize and self.limits):
+            return "float"
+        return None
+
+    @property
+    def active_fold(self) -> nn.Module | None:
+        """The batch norm to fold now, None while folding is off."""
+        fold: nn.Module | None = self.fold if self.switches.fuse else None
+        return fold
+
+    @property
+    def active_limits(self) -> Limits | None:
+        """The limits to apply now."""
+        return self.limits if self.switches.normalize else None
+
+    def limit_output(self, y: Tensor) -> Tensor:
+        """Clamp a result into its limit; a dynamic limit moves in training, then stays."""
+        limits = self.active_limits
+        if limits is None or limits.output is None:
+            return y
+        if limits.output.kind == "static":
+            if limits.gradient == "zero":
+                return y.clamp(-limits.output.value, limits.output.value)
+            return apply_bound(y, y.new_tensor(limits.output.value), limits.gradient)
+        if self.learning:
+            batch = bound_of(y, limits.output)
+            moved = torch.lerp(self.output_bound, batch, EMA_WEIGHT)
+            self.output_bound.copy_(torch.where(self.output_bound > 0, moved, batch))
+        elif not torch.compiler.is_compiling() and not self.output_bound.item() > 0:
+            return y
+        return apply_bound(y, self.output_bound.to(y.dtype), limits.gradient)
+
+    def operand(self, position: int, x: Tensor) -> Tensor | None:
+        """Return an operand on the integer grid, in the site's input width.
+
+        A tagged tensor of the right width passes as it is; another width is requantized with its
+        own step shifted; a plain tensor goes through the site's input quantizer.
+
+        Returns:
+            The tagged tensor, or None if the operand is plain and was not planned to be.
+        """
+        tag = tag_of(x)
+        if tag is not None and tag.bits <= WIDEST_OPERAND:
+            bits = self.config.activation_bits if self.config else tag.bits
+            return x if tag.bits == bits else self.requantized(x, tag, bits)
+        name = str(position)
+        if name not in self.inputs:
+            return None
+        quantizer: Any = self.inputs[name]
+        return self.quantized_input(quantizer, x)
+
+    def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
+        """Round a tagged tensor to another width at the step shifted by the difference in bits."""
+        step = tag.step * 2.0 ** (tag.bits - bits)
+        if x.dtype.is_floating_point and self.switches.system == "fake":
+            usable = readable(step, x)
+            y = fake_quantize(x, usable, *code_limits(bits), self.rounding)
+        else:
+            codes = integer_codes(x)
+            y = requantize(
+                codes, float(tag.step), float(step), tag.bits, bits, self.rounding, self.platform_name
+            )
+        return with_tag(y, dataclasses.replace(tag, step=step, bits=bits, site=self.key))
+
+    @property
+    def rounding(self) -> Rounding:
+        """Rounding rule of results."""
+        if self.config is not None and self.config.rounding is not None:
+            return self.config.rounding
+        return self.platform.rounding if self.platform else "half_up"
+
+    @property
+    def granularity(self) -> Granularity:
+        """Granularity of weight scales."""
+        if self.config is not None and self.config.granularity is not None:
+            return self.config.granularity
+        return self.platform.granularity if self.platform else "tensor"
+
+    @property
+    def weight_bits(self) -> int:
+        """Width of the weight."""
+        return self.weight_grid.bits if self.weight_grid else 8
+
+    @property
+    def widest_operand(self) -> int:
+        """Width of the widest operand of the accumulation."""
+        return max(self.weight_bits, self.config.activation_bits if self.config else 8)
+
+    @property
+    def platform_name(self) -> str:
+        """Name of the platform, for the attributes of integer ops."""
+        return self.platform.name if self.platform else ""
+
+    def quantized_input(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """Round a plain tensor with an input quantizer in the current number system."""
+        if self.switches.system != "integer":
+            return quantizer(x, learn=self.learning)  # type: ignore[no-any-return]
+        step = float(quantizer.step())
+        low, high = quantizer.code_bounds(step)
+        grid = quantizer.grid
+        codes = quantize(
+            x.float(), step, grid.bits, int(low), int(high), grid.rounding, self.platform_name
+        )
+        return with_tag(codes, quantizer.tag(step, x.dtype))
+
+    def thaw(self) -> None:
+        """Forget everything derived from weights and ranges."""
+        self.prepared.clear()
+
+    def train(self, mode: bool = True) -> Site:
+        """Switch mode; what evaluation has prepared is dropped."""
+        self.thaw()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.thaw()
+
+    def extra_repr(self) -> str:
+        """Show the key."""
+        return self.key
+
+
+def step_of(x: Tensor) -> Scalar:
+    """Return the step of a tagged tensor."""
+    tag = tag_of(x)
+    if tag is None:
+        msg = "internal: the tensor carries no tag."
+        raise RuntimeError(msg)
+    return tag.step
+
+
+def integer_codes(x: Tensor) -> Tensor:
+    """Return the payload of a tagged tensor, which may hold the codes or the real values.
+
+    Real values on the grid come from a fake-quant forward, or left an instrumented module and
+    enter the next one.
+    """
+    tag = tag_of(x)
+    if tag is None or not x.dtype.is_floating_point:
+        return x
+    return torch.round(x / tag.step).to(payload_dtype(tag.bits))

@@ -1,0 +1,62 @@
+"""Tags: what a tensor that flows between quantized ops carries about its quantization."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.fake_quantize import Scalar
+
+_ATTRIBUTE = "_linger_tag"
+
+# Codes of more bits do not fit float32; such a value is an end, not an input of another integer op.
+WIDEST_OPERAND = 16
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Quantization parameters of a tensor: ``real = step * (code - zero_point)``.
+
+    Args:
+        step: The scale; a float once it is frozen, a 0-dim tensor while ranges move.
+        bits: Width of the codes.
+        site: Key of the site whose quantizer made the tensor.
+        dtype: The floating dtype that the model's own code sees.
+        zero_point: The code of real zero; 0 for the symmetric grids.
+    """
+
+    step: Scalar
+    bits: int
+    site: str
+    dtype: torch.dtype = torch.float32
+    zero_point: int = 0
+
+
+def tag_of(x: object) -> Tag | None:
+    """Return the tag of ``x``, None if it carries plain values (or is not a tensor)."""
+    return getattr(x, _ATTRIBUTE, None) if isinstance(x, Tensor) else None
+
+
+def with_tag(x: Tensor, tag: Tag) -> Tensor:
+    """Set the tag of ``x`` and return ``x``."""
+    setattr(x, _ATTRIBUTE, tag)
+    return x
+
+
+def drop_tag(x: Tensor) -> None:
+    """Make ``x`` plain again."""
+    if hasattr(x, _ATTRIBUTE):
+        delattr(x, _ATTRIBUTE)
+
+
+def takes_activations(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether a call works on activations, rather than on counters, indices or masks.
+
+    Only such calls are counted: a batch norm's ``num_batches_tracked += 1`` happens in training
+    alone and must not shift the numbers of the calls after it.
+    """
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, Tensor):
+            return first.dtype.is_floating_point or tag_of(first) is not None
+    return False

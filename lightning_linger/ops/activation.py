@@ -1,0 +1,148 @@
+"""Clamping activations: a ReLU is the lower edge of the quantizer before it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.integer import payload_dtype
+from lightning_linger.core.quantizer import Window
+from lightning_linger.core.registry import Op, register
+from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.tags import tag_of, with_tag
+
+
+class ClampCall(NamedTuple):
+    """Bound arguments of a clamping activation."""
+
+    input: Tensor
+    low: float = -math.inf
+    high: float = math.inf
+    supported: bool = True
+
+
+@torch.library.custom_op("linger::clamp", mutates_args=())
+def integer_clamp(x: Tensor, low: int, high: int, bits: int, platform: str) -> Tensor:
+    """Clamp codes into ``[low, high]``; the scale stays."""
+    return x.clamp(low, high)
+
+
+@integer_clamp.register_fake
+def _(x: Tensor, low: int, high: int, bits: int, platform: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def window_of(call: ClampCall) -> Window:
+    """Return what the activation lets through."""
+    return Window(low=call.low, high=call.high)
+
+
+class ClampOp(Op):
+    """``relu``, ``relu6``, ``hardtanh`` and ``clamp`` with numbers as bounds."""
+
+    output_scale = "inputs"
+
+    def bind(self, *args: Any, **kwargs: Any) -> ClampCall:
+        """Bind the arguments of any of the functions."""
+        kwargs.pop("inplace", None)
+        return _BINDERS[self.kind](*args, **kwargs)
+
+    def obstacle(self, call: ClampCall) -> str | None:
+        """Bounds that are tensors have no place in the quantizer's edges."""
+        return None if call.supported else "clamping between tensors has no integer form"
+
+    def fake(self, site: Site, call: ClampCall) -> Any:
+        """Clamp to the bounds as they lie on the input's grid."""
+        if site.merged and tag_of(call.input) is not None:
+            return call.input
+        x = site.operand(0, call.input)
+        tag = tag_of(x)
+        if x is None or tag is None:
+            return NotImplemented
+        low, high = (_on_grid(edge, tag.step, tag.bits) for edge in (call.low, call.high))
+        return with_tag(_clamp(x, low, high), tag)
+
+    def integer(self, site: Site, call: ClampCall) -> Any:
+        """Call ``linger::clamp``."""
+        if site.merged and tag_of(call.input) is not None:
+            return call.input
+        x = site.operand(0, call.input)
+        tag = tag_of(x)
+        if x is None or tag is None:
+            return NotImplemented
+        step = float(tag.step)
+        low, high = (_edge_code(edge, step, tag.bits) for edge in (call.low, call.high))
+        codes = integer_codes(x)
+        assert codes.dtype == payload_dtype(tag.bits)  # noqa: S101 - tags state the payload
+        return with_tag(integer_clamp(codes, low, high, tag.bits, site.platform_name), tag)
+
+
+def _edge_code(edge: float, step: float, bits: int) -> int:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if math.isinf(edge):
+        return low if edge < 0 else high
+    return max(low, min(high, math.floor(edge / step + 0.5)))
+
+
+def _on_grid(edge: float, step: Any, bits: int) -> Any:
+    if math.isinf(edge):
+        return None
+    if edge == 0.0:
+        return 0.0
+    if isinstance(step, Tensor) and (step.device.type != "cpu" or torch.compiler.is_compiling()):
+        return torch.floor(edge / step + 0.5) * step
+    return _edge_code(edge, float(step), bits) * float(step)
+
+
+def _clamp(x: Tensor, low: Any, high: Any) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        if low is not None:
+            x = torch.maximum(x, torch.as_tensor(low, device=x.device))
+        return x if high is None else torch.minimum(x, torch.as_tensor(high, device=x.device))
+    return x.clamp(low, high)
+
+
+def _bind_relu(input: Tensor) -> ClampCall:
+    return ClampCall(input, 0.0)
+
+
+def _bind_relu6(input: Tensor) -> ClampCall:
+    return ClampCall(input, 0.0, 6.0)
+
+
+def _bind_hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> ClampCall:
+    return ClampCall(input, float(min_val), float(max_val))
+
+
+def _bind_clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> ClampCall:
+    if any(isinstance(edge, Tensor) or _is_spec(edge) for edge in (min, max)) or kwargs:
+        return ClampCall(input, supported=False)
+    low = -math.inf if min is None else float(min)
+    return ClampCall(input, low, math.inf if max is None else float(max))
+
+
+def _is_spec(value: Any) -> bool:
+    return value is not None and not isinstance(value, int | float)
+
+
+def _bind_clamp_min(input: Tensor, min: Any) -> ClampCall:
+    return _bind_clamp(input, min=min)
+
+
+def _bind_clamp_max(input: Tensor, max: Any) -> ClampCall:
+    return _bind_clamp(input, max=max)
+
+
+_BINDERS: dict[str, Any] = {
+    "relu": _bind_relu,
+    "relu6": _bind_relu6,
+    "hardtanh": _bind_hardtanh,
+    "clamp": _bind_clamp,
+    "clamp_min": _bind_clamp_min,
+    "clamp_max": _bind_clamp_max,
+}
+
+register(*(ClampOp(kind) for kind in _BINDERS))

@@ -1,0 +1,326 @@
+"""Convolutions and transposed convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lightning_linger.core.integer import payload_dtype, rescale
+from lightning_linger.core.registry import register
+from lightning_linger.core.sites import Site
+from lightning_linger.ops.arguments import to_tuple
+from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
+
+_CONVOLUTIONS: dict[tuple[bool, int], Any] = {
+    (False, 1): F.conv1d,
+    (False, 2): F.conv2d,
+    (False, 3): F.conv3d,
+    (True, 1): F.conv_transpose1d,
+    (True, 2): F.conv_transpose2d,
+    (True, 3): F.conv_transpose3d,
+}
+
+
+class ConvCall(NamedTuple):
+    """Bound arguments; every geometry argument has one entry per spatial dimension."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...]
+    uneven_padding: bool = False
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """Run the convolution of the right dimension and direction."""
+    function = _CONVOLUTIONS[transposed, len(stride)]
+    if transposed:
+        out = function(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    else:
+        out = function(x, weight, bias, stride, padding, dilation, groups)
+    return out  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("linger::conv", mutates_args=())
+def integer_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    """Convolve codes exactly and bring the accumulator to the output scale.
+
+    Args:
+        x: ``[N, C, ...]`` codes.
+        weight: Codes, in torch's layout.
+        bias: ``[C_out]`` codes at ``scale_x * scale_w``, or None.
+        stride: Per spatial dimension, like the other geometry arguments.
+        padding: Zeros on both sides.
+        dilation: Spacing of the kernel.
+        groups: Number of groups.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        scale_x: Step of ``x``.
+        scale_w: Step of the weight, one or one per output channel.
+        scale_o: Step of the result; 0 returns real values in float32.
+        bits_x: Width of ``x``.
+        bits_w: Width of the weight.
+        bits_o: Width of the result.
+        low: Smallest code of the result.
+        high: Largest code of the result.
+        rounding: Rounding rule.
+        platform: Name of the target.
+        exact_in_float32: Whether no accumulator can reach 2^24; else float64 accumulates.
+    """
+    dtype = torch.float32 if exact_in_float32 else torch.float64
+    acc = convolve(
+        x.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed,
+        output_padding,
+    )
+    return finish_accumulator(
+        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, len(stride)
+    )
+
+
+def finish_accumulator(
+    acc: Tensor,
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    trailing: int,
+) -> Tensor:
+    """Bring an accumulator to the output scale, channels standing before ``trailing`` dims."""
+    if scale_o == 0.0:
+        return (acc.double() * _ratio(scale_x, scale_w, 1.0, trailing, acc)).float()
+    ratio = _ratio(scale_x, scale_w, scale_o, trailing, acc)
+    return rescale(acc, ratio, low, high, rounding).to(payload_dtype(bits_o))
+
+
+def _ratio(
+    scale_x: float, scale_w: Sequence[float], scale_o: float, trailing: int, like: Tensor
+) -> float | Tensor:
+    if len(scale_w) == 1:
+        return scale_x * scale_w[0] / scale_o
+    ratios = torch.tensor(scale_w, dtype=torch.float32, device=like.device) * scale_x / scale_o
+    return ratios.view(-1, *([1] * trailing))
+
+
+@integer_conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    shape = convolve(
+        x.float(),
+        weight.float(),
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed,
+        output_padding,
+    ).shape
+    dtype = torch.float32 if scale_o == 0.0 else payload_dtype(bits_o)
+    return x.new_empty(shape, dtype=dtype)
+
+
+class ConvOp(WeightedOp):
+    """``conv1d`` to ``conv_transpose3d``; dimension and direction are parameters.
+
+    Args:
+        kind: Canonical op name.
+        dims: Number of spatial dimensions.
+        transposed: Direction.
+    """
+
+    def __init__(self, kind: str, dims: int, transposed: bool) -> None:
+        super().__init__(kind)
+        self.dims = dims
+        self.transposed = transposed
+
+    def bind(self, *args: Any, **kwargs: Any) -> ConvCall:
+        """Bind the arguments of ``F.conv*d`` or ``F.conv_transpose*d``."""
+        return (self._bind_transposed if self.transposed else self._bind_forward)(*args, **kwargs)
+
+    def _bind_forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> ConvCall:
+        spread = to_tuple(dilation, self.dims)
+        uneven = False
+        if isinstance(padding, str):
+            kernel = tuple(weight.shape[2:])
+            total = tuple(d * (k - 1) if padding == "same" else 0 for d, k in zip(spread, kernel))
+            uneven = any(t % 2 for t in total)
+            padding = tuple(t // 2 for t in total)
+        return ConvCall(
+            input,
+            weight,
+            bias,
+            to_tuple(stride, self.dims),
+            to_tuple(padding, self.dims),
+            spread,
+            groups,
+            (0,) * self.dims,
+            uneven,
+        )
+
+    def _bind_transposed(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> ConvCall:
+        return ConvCall(
+            input,
+            weight,
+            bias,
+            to_tuple(stride, self.dims),
+            to_tuple(padding, self.dims),
+            to_tuple(dilation, self.dims),
+            groups,
+            to_tuple(output_padding, self.dims),
+        )
+
+    def obstacle(self, call: ConvCall) -> str | None:
+        """Padding "same" with an even kernel pads unevenly."""
+        if call.uneven_padding:
+            return "padding='same' with an even kernel pads one side more; use F.pad and padding=0"
+        return None
+
+    def apply(self, call: ConvCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve."""
+        return convolve(
+            x,
+            weight,
+            bias,
+            call.stride,
+            call.padding,
+            call.dilation,
+            call.groups,
+            self.transposed,
+            call.output_padding,
+        )
+
+    def per_channel(self, call: ConvCall, values: Tensor) -> Tensor:
+        """Output channels are dim 0, or dim 1 within each group of a transposed convolution."""
+        ones = [1] * self.dims
+        if not self.transposed:
+            return values.view(-1, 1, *ones)
+        per_group_in = call.weight.shape[0] // call.groups
+        grouped = values.view(call.groups, 1, -1).expand(-1, per_group_in, -1)
+        return grouped.reshape(call.weight.shape[0], -1, *ones)
+
+    def channel_reduce(self, call: ConvCall, weight: Tensor, how: str) -> Tensor:
+        """Reduce over everything but the output channel."""
+        if self.transposed:
+            weight = weight.unflatten(0, (call.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return getattr(weight.abs().flatten(1), how)(dim=1)  # type: ignore[no-any-return]
+
+    def integer_kernel(
+        self, site: Site, call: ConvCall, x: Tensor, prepared: Prepared, result: IntegerResult
+    ) -> Tensor:
+        """Call ``linger::conv``."""
+        return integer_conv(
+            x,
+            prepared.codes,
+            prepared.bias_codes,
+            call.stride,
+            call.padding,
+            call.dilation,
+            call.groups,
+            self.transposed,
+            call.output_padding,
+            prepared.scale_x,
+            prepared.steps,
+            result.scale,
+            prepared.bits_x,
+            site.weight_bits,
+            result.bits,
+            result.low,
+            result.high,
+            site.rounding,
+            site.platform_name,
+            prepared.exact_in_float32,
+        )
+
+
+register(
+    *(ConvOp(f"conv{d}d", d, transposed=False) for d in (1, 2, 3)),
+    *(ConvOp(f"conv_transpose{d}d", d, transposed=True) for d in (1, 2, 3)),
+)

@@ -1,0 +1,529 @@
+"""Addition, subtraction, multiplication and concatenation of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.integer import (
+    EXACT_FLOAT32,
+    code_limits,
+    payload_dtype,
+    rescale,
+)
+from lightning_linger.core.quantizer import Quantizer, readable
+from lightning_linger.core.registry import Op, register
+from lightning_linger.core.rounding import ROUNDINGS
+from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.ops.weighted import finish, minimum_step
+
+
+class BinaryCall(NamedTuple):
+    """Bound arguments of ``torch.add``, ``torch.sub`` and ``torch.mul``."""
+
+    input: Any
+    other: Any
+    alpha: float = 1
+
+
+class CatCall(NamedTuple):
+    """Bound arguments of ``torch.cat``."""
+
+    tensors: tuple[Tensor, ...]
+    dim: int = 0
+
+
+# --- integer kernels ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("linger::add", mutates_args=())
+def integer_add(
+    x: Tensor,
+    y: Tensor,
+    sign: int,
+    scale_x: float,
+    scale_y: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    round_operands: bool,
+) -> Tensor:
+    """Add (``sign`` 1) or subtract (``sign`` -1) codes.
+
+    Args:
+        x: Codes.
+        y: Codes that broadcast with ``x``.
+        sign: 1 or -1, the factor of ``y``.
+        scale_x: Step of ``x``.
+        scale_y: Step of ``y``.
+        scale_o: Step of the result.
+        bits_o: Width of the result.
+        low: Smallest code of the result.
+        high: Largest code of the result.
+        rounding: Rounding rule.
+        platform: Name of the target.
+        round_operands: Round and saturate each operand at the output scale, then add with
+            saturation (LUNA); otherwise round the sum once, in float32 (onnxruntime).
+    """
+    if round_operands:
+        limits = code_limits(bits_o)
+        a = rescale(x.double(), scale_x / scale_o, *limits, rounding)
+        b = rescale(y.double(), scale_y / scale_o, *limits, rounding)
+        total = a + b if sign > 0 else a - b
+        codes = total.clamp_(low, high)
+    else:
+        codes = round_sum(x.float(), y.float() * sign, scale_x, scale_y, scale_o, rounding)
+        codes = codes.clamp_(low, high)
+    return codes.to(payload_dtype(bits_o))
+
+
+def round_sum(
+    x: Tensor, y: Tensor, scale_x: float, scale_y: float, scale_o: float, rounding: str
+) -> Tensor:
+    """Return ``round(x * scale_x / scale_o + y * scale_y / scale_o)`` in float32 (onnxruntime)."""
+    total = x * (scale_x / scale_o) + y * (scale_y / scale_o)
+    return ROUNDINGS[rounding](total)
+
+
+@integer_add.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    sign: int,
+    scale_x: float,
+    scale_y: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    round_operands: bool,
+) -> Tensor:
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return x.new_empty(shape, dtype=payload_dtype(bits_o))
+
+
+@torch.library.custom_op("linger::mul", mutates_args=())
+def integer_mul(
+    x: Tensor,
+    y: Tensor,
+    scale_x: float,
+    scale_y: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    """Multiply codes and bring the product to the output scale (arguments as ``linger::add``)."""
+    product = x.float() * y.float()
+    codes = rescale(product, scale_x * scale_y / scale_o, low, high, rounding)
+    return codes.to(payload_dtype(bits_o))
+
+
+@integer_mul.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    scale_x: float,
+    scale_y: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return x.new_empty(shape, dtype=payload_dtype(bits_o))
+
+
+@torch.library.custom_op("linger::cat", mutates_args=())
+def integer_cat(
+    tensors: Sequence[Tensor],
+    dim: int,
+    scales: Sequence[float],
+    scale_o: float,
+    bits_o: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    """Bring every operand to the output scale, then concatenate along ``dim``."""
+    limits = code_limits(bits_o)
+    parts = [
+        x
+        if scale == scale_o and x.dtype == payload_dtype(bits_o)
+        else rescale(x.double(), scale / scale_o, *limits, rounding).to(payload_dtype(bits_o))
+        for x, scale in zip(tensors, scales, strict=True)
+    ]
+    return torch.cat(parts, dim)
+
+
+@integer_cat.register_fake
+def _(
+    tensors: Sequence[Tensor],
+    dim: int,
+    scales: Sequence[float],
+    scale_o: float,
+    bits_o: int,
+    rounding: str,
+    platform: str,
+) -> Tensor:
+    return torch.cat([x.to(payload_dtype(bits_o)) for x in tensors], dim)
+
+
+# --- ops ------------------------------------------------------------------------------------
+
+
+class _Binary(Op):
+    def bind(self, *args: Any, **kwargs: Any) -> BinaryCall:
+        """Bind ``(input, other, alpha=1)``; ``out=`` has no quantized meaning."""
+        return BinaryCall(*args, **kwargs)
+
+    def operands(self, call: BinaryCall) -> list[Any]:
+        """Both sides, numbers included."""
+        return [call.input, call.other]
+
+    def obstacle(self, call: BinaryCall) -> str | None:
+        """``alpha`` scales an operand by a number that is not on its grid."""
+        if call.alpha != 1:
+            return "`alpha` other than 1 is not supported; multiply first"
+        return None
+
+    def _operand_pair(self, site: Site, call: BinaryCall) -> list[Any] | None:
+        pair: list[Any] = []
+        for position, value in enumerate((call.input, call.other)):
+            if isinstance(value, Tensor):
+                operand = site.operand(position, value)
+                if operand is None:
+                    return None
+                pair.append(operand)
+            else:
+                pair.append(value)
+        return pair
+
+
+class AddOp(_Binary):
+    """``add`` and ``sub``.
+
+    Args:
+        kind: Canonical op name.
+        sign: The factor of the second operand.
+    """
+
+    def __init__(self, kind: str, sign: int) -> None:
+        super().__init__(kind)
+        self.sign = sign
+
+    def fake(self, site: Site, call: BinaryCall) -> Any:
+        """Add on the grid, with the platform's order of rounding."""
+        pair = self._operand_pair(site, call)
+        output = site.output
+        if pair is None or output is None:
+            return NotImplemented
+        x, y = pair
+        with torch.autocast(_device_type(x, y), enabled=False):
+            if site.learning:
+                output.observe(_total(x, y, self.sign))
+            step = output.step(self._finest(site, x, y))
+            dtype = x.dtype if isinstance(x, Tensor) else y.dtype
+            if site.platform is not None and site.platform.add == "round_operands":
+                usable = readable(step, x if isinstance(x, Tensor) else y)
+                a = _rounded_operand(x, usable, output)
+                b = _rounded_operand(y, usable, output)
+                return _saturated(_total(a, b, self.sign), usable, step, output, dtype)
+            return self._rounded_once(site, output, x, y, step, dtype)
+
+    def integer(self, site: Site, call: BinaryCall) -> Any:
+        """Call ``linger::add``."""
+        pair = self._operand_pair(site, call)
+        output = site.output
+        if pair is None or output is None:
+            return NotImplemented
+        x, y = pair
+        step = float(output.step(self._finest(site, x, y)))
+        low, high = output.code_bounds(step)
+        x, y = (_with_constant(v, step, output) for v in (x, y))
+        codes = integer_add(
+            integer_codes(x),
+            integer_codes(y),
+            self.sign,
+            float(step_of(x)),
+            float(step_of(y)),
+            step,
+            output.grid.bits,
+            int(low),
+            int(high),
+            output.grid.rounding,
+            site.platform_name,
+            site.platform is not None and site.platform.add == "round_operands",
+        )
+        return with_tag(codes, output.tag(step, _real_dtype(x, y)))
+
+    def _finest(self, site: Site, x: Any, y: Any) -> Scalar | None:
+        if site.platform is None or not site.platform.right_shift_only:
+            return None
+        steps = [step_of(v) for v in (x, y) if isinstance(v, Tensor)]
+        if len(steps) == 1:
+            return steps[0]
+        a, b = steps
+        if isinstance(a, float) and isinstance(b, float):
+            return max(a, b)
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+    def _rounded_once(
+        self, site: Site, output: Quantizer, x: Any, y: Any, step: Scalar, dtype: torch.dtype
+    ) -> Tensor:
+        total = _total(x, y, self.sign)
+        if site.training or torch.compiler.is_compiling():
+            return output.round(total, step, dtype)
+        # The integer kernel's own order of float32 operations, so that evaluation agrees with it.
+        x, y = (_with_constant(v, float(step), output) for v in (x, y))
+        codes = round_sum(
+            torch.round(x / step_of(x)),
+            torch.round(y / step_of(y)) * self.sign,
+            float(step_of(x)),
+            float(step_of(y)),
+            float(step),
+            output.grid.rounding,
+        )
+        low, high = output.code_bounds(float(step))
+        values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
+        return with_tag(straight_through(values, total), output.tag(step, dtype))
+
+
+class MulOp(_Binary):
+    """``mul`` of two activations, or of an activation and a number.
+
+    A number becomes a constant of the output's width at the finest power-of-two step that holds it.
+    """
+
+    def fake(self, site: Site, call: BinaryCall) -> Any:
+        """Multiply on the grid."""
+        pair = self._operand_pair(site, call)
+        output = site.output
+        if pair is None or output is None:
+            return NotImplemented
+        x, y = (_as_factor(v, output) for v in pair)
+        with torch.autocast(_device_type(x, y), enabled=False):
+            dtype = x.dtype if isinstance(x, Tensor) else y.dtype
+            product = _step_or(x) * _step_or(y)
+            if not site.training and site.widest_operand > 8:
+                x, y = (v.double() if isinstance(v, Tensor) else v for v in (x, y))
+            real_x, real_y = (v.value if isinstance(v, _Factor) else v for v in (x, y))
+            return finish(site, real_x * real_y, product, True, dtype)
+
+    def integer(self, site: Site, call: BinaryCall) -> Any:
+        """Call ``linger::mul``."""
+        pair = self._operand_pair(site, call)
+        output = site.output
+        if pair is None or output is None:
+            return NotImplemented
+        x, y = (_as_factor(v, output) for v in pair)
+        like = x if isinstance(x, Tensor) else y
+        product = float(_step_or(x)) * float(_step_or(y))
+        step = float(output.step(minimum_step(site, product)))
+        low, high = output.code_bounds(step)
+        codes = integer_mul(
+            _factor_codes(x, like),
+            _factor_codes(y, like),
+            float(_step_or(x)),
+            float(_step_or(y)),
+            step,
+            output.grid.bits,
+            int(low),
+            int(high),
+            output.grid.rounding,
+            site.platform_name,
+        )
+        return with_tag(codes, output.tag(step, _real_dtype(x, y)))
+
+
+class CatOp(Op):
+    """``cat``: the result takes the coarsest step among its operands, so none loses its range."""
+
+    output_scale = "inputs"
+
+    def bind(self, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> CatCall:
+        """Bind ``(tensors, dim)``; ``axis`` is numpy's name of ``dim``."""
+        return CatCall(tuple(tensors), kwargs.get("axis", dim))
+
+    def operands(self, call: CatCall) -> list[Any]:
+        """All tensors."""
+        return list(call.tensors)
+
+    def fake(self, site: Site, call: CatCall) -> Any:
+        """Round every operand to the common step, then concatenate."""
+        parts = self._parts(site, call)
+        if parts is None:
+            return NotImplemented
+        step = _coarsest([step_of(x) for x in parts])
+        tag = tag_of(parts[0])
+        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        usable = readable(step, parts[0])
+        limits = code_limits(tag.bits)
+        rounded = [
+            x if step_of(x) is step else fake_quantize(x, usable, *limits, site.rounding)
+            for x in parts
+        ]
+        return with_tag(torch.cat(rounded, call.dim), Tag(step, tag.bits, site.key, tag.dtype))
+
+    def integer(self, site: Site, call: CatCall) -> Any:
+        """Call ``linger::cat``."""
+        parts = self._parts(site, call)
+        if parts is None:
+            return NotImplemented
+        steps = [float(step_of(x)) for x in parts]
+        tag = tag_of(parts[0])
+        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        codes = integer_cat(
+            [integer_codes(x) for x in parts],
+            call.dim,
+            steps,
+            max(steps),
+            tag.bits,
+            site.rounding,
+            site.platform_name,
+        )
+        return with_tag(codes, Tag(max(steps), tag.bits, site.key, tag.dtype))
+
+    def _parts(self, site: Site, call: CatCall) -> list[Tensor] | None:
+        parts = [site.operand(position, x) for position, x in enumerate(call.tensors)]
+        found = [x for x in parts if x is not None]
+        return found if len(found) == len(parts) else None
+
+
+# --- helpers --------------------------------------------------------------------------------
+
+
+class _Factor(NamedTuple):
+    """A number as a constant on a power-of-two grid."""
+
+    value: float
+    code: int
+    step: float
+    bits: int
+    dtype: torch.dtype = torch.float32
+
+
+def _as_factor(value: Any, output: Quantizer) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    bits = output.grid.bits
+    top = 2 ** (bits - 1) - 1
+    number = float(value)
+    step = 2.0 ** (1 - bits)
+    while abs(number) > top * step:
+        step *= 2.0
+    while number != 0.0 and abs(number) * 2.0 <= top * step and step > 2.0**-30:
+        step /= 2.0
+    code = max(-top - 1, min(top, int(torch.floor(torch.tensor(number / step + 0.5)))))
+    return _Factor(code * step, code, step, bits)
+
+
+def _step_or(value: Any) -> Scalar:
+    return value.step if isinstance(value, _Factor) else step_of(value)
+
+
+def _factor_codes(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, _Factor):
+        return torch.full((), value.code, dtype=payload_dtype(value.bits), device=like.device)
+    return integer_codes(value)
+
+
+def _with_constant(value: Any, step: float, output: Quantizer) -> Tensor:
+    """Return a number as a tagged 0-dim tensor at the output step, tensors as they are."""
+    if isinstance(value, Tensor):
+        return value
+    codes = _constant_code(value, step, output)
+    tensor = torch.tensor(codes, dtype=payload_dtype(output.grid.bits))
+    return with_tag(tensor, Tag(step, output.grid.bits, output.name))
+
+
+def _constant_code(value: float, step: float, output: Quantizer) -> int:
+    code = ROUNDINGS[output.grid.rounding](torch.tensor(float(value) / step, dtype=torch.float64))
+    return max(output.grid.qmin, min(output.grid.qmax, int(code)))
+
+
+def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> Any:
+    """Round an operand to the output scale with saturation; a no-op if it is there already."""
+    grid = output.grid
+    if not isinstance(value, Tensor):
+        if isinstance(step, float):
+            return _constant_code(value, step, output) * step
+        codes = ROUNDINGS[grid.rounding](value / step).clamp(grid.qmin, grid.qmax)
+        return codes * step
+    tag = tag_of(value)
+    assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+    if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step, value) == step:
+        return value
+    return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding)
+
+
+def _total(x: Any, y: Any, sign: int) -> Tensor:
+    return x + y if sign > 0 else x - y  # type: ignore[no-any-return]
+
+
+class _Saturate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, low: float, high: float) -> Tensor:
+        y = total.clamp_(low, high)
+        ctx.mark_dirty(total)
+        ctx.edges = (low, high)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], y, *ctx.edges), None, None
+
+
+def _saturated(
+    total: Tensor, usable: Scalar, step: Scalar, output: Quantizer, dtype: torch.dtype
+) -> Tensor:
+    """Saturate a sum that is on the output grid already; the sum is overwritten."""
+    low, high = output.code_bounds(usable)
+    low_edge, high_edge = low * usable, high * usable
+    if isinstance(low_edge, Tensor) or isinstance(high_edge, Tensor):
+        y = torch.minimum(
+            torch.maximum(total, torch.as_tensor(low_edge)), torch.as_tensor(high_edge)
+        )
+    elif torch.is_grad_enabled() and total.requires_grad:
+        y = _Saturate.apply(total, low_edge, high_edge)  # type: ignore[no-untyped-call]
+    else:
+        y = total.clamp_(low_edge, high_edge)
+    return with_tag(y.to(dtype), output.tag(step, dtype))
+
+
+def _coarsest(steps: list[Scalar]) -> Scalar:
+    coarsest = steps[0]
+    for step in steps[1:]:
+        if isinstance(coarsest, float) and isinstance(step, float):
+            coarsest = coarsest if coarsest >= step else step
+        else:
+            coarsest = torch.maximum(torch.as_tensor(coarsest), torch.as_tensor(step))
+    return coarsest
+
+
+def _device_type(x: Any, y: Any) -> str:
+    tensor: Tensor = x if isinstance(x, Tensor) else y
+    return tensor.device.type
+
+
+def _real_dtype(x: Any, y: Any) -> torch.dtype:
+    tag = tag_of(x) or tag_of(y)
+    return tag.dtype if tag is not None else torch.float32
+
+
+register(AddOp("add", 1), AddOp("sub", -1), MulOp("mul"), CatOp("cat"))

@@ -1,0 +1,181 @@
+"""Batch norm folded into the layer before it, trained as if it were not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_linger.core.fake_quantize import Scalar
+    from lightning_linger.core.sites import Site
+
+_ATTRIBUTE = "_linger_folded"
+
+# Below this factor a folded weight has lost its direction to float32 rounding.
+TINY_FACTOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Marks the result of a layer that has taken its batch norm in.
+
+    Args:
+        site: The layer's site; None if nothing is left to do.
+        scale: ``[C]``, what each output channel of the convolution was multiplied with.
+        conv_bias: The layer's own bias, which batch statistics cancel.
+        silent: ``[C]``, channels whose quantized folded weight vanished: they give ``beta`` and
+            keep the gradient of the unfolded layer.
+        statistics: Mean and biased variance of the batch, if the layer computed them itself.
+        product: Step of the accumulator.
+        quantized: Whether the output is to be quantized.
+    """
+
+    site: Site | None = None
+    scale: Tensor | None = None
+    conv_bias: Tensor | None = None
+    silent: Tensor | None = None
+    statistics: tuple[Tensor, Tensor] | None = None
+    product: Scalar | None = None
+    quantized: bool = False
+
+
+def mark_folded(y: Tensor, folded: Folded) -> Tensor:
+    """Tell the batch norm that follows what is left to do."""
+    setattr(y, _ATTRIBUTE, folded)
+    return y
+
+
+def folded_of(x: Tensor) -> Folded | None:
+    """Return the mark of :func:`mark_folded`."""
+    return getattr(x, _ATTRIBUTE, None)
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether the batch norm normalizes with the statistics of the batch now."""
+    return bn.training
+
+
+def gamma_of(bn: Any) -> Tensor:
+    """Return the weight of a batch norm, ones if it is not affine."""
+    return bn.weight if bn.weight is not None else torch.ones_like(bn.running_var)
+
+
+def beta_of(bn: Any) -> Tensor:
+    """Return the bias of a batch norm, zeros if it is not affine."""
+    return bn.bias if bn.bias is not None else torch.zeros_like(bn.running_mean)
+
+
+def running_factor(bn: Any) -> Tensor:
+    """Return ``gamma / sigma`` with the running variance, ``[C]``."""
+    return gamma_of(bn) * torch.rsqrt(bn.running_var + bn.eps)
+
+
+def running_bias(bn: Any, conv_bias: Tensor | None, factor: Tensor) -> Tensor:
+    """Return the bias of the folded layer with the running mean, ``[C]``."""
+    centre = -bn.running_mean if conv_bias is None else conv_bias - bn.running_mean
+    return beta_of(bn) + centre * factor
+
+
+class _ScaledBatchNorm(torch.autograd.Function):
+    """Batch norm of a channel-wise scaled input, with one epsilon per channel.
+
+    Scaling a channel by ``s`` scales its variance by ``s^2``; with ``eps * s^2`` in place of ``eps``
+    the normalized value is that of the unscaled channel, exactly, for any ``s``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: Tensor,
+        silent: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _statistics(y)
+        variance = var + eps
+        # A channel without any signal and without epsilon normalizes to zero, not to NaN.
+        variance = torch.where(variance > 0, variance, torch.ones_like(variance))
+        gain = weight if silent is None else torch.where(silent, torch.zeros_like(weight), weight)
+        out = F.batch_norm(y, mean, variance, gain, bias, False, 0.0, 0.0)
+        ctx.save_for_backward(y, weight, mean, torch.rsqrt(variance))
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, mean, invstd = ctx.saved_tensors
+        dy, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grads[0].contiguous(), y, weight, None, None, mean, invstd, True, 0.0, [True, True, True]
+        )
+        return dy, dweight, dbias, None, None
+
+
+def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        mean, var = torch.ops.aten.batch_norm_update_stats(y, None, None, 0.0)
+        return mean, var
+    var, mean = torch.var_mean(y, _reduced(y), correction=0)
+    return mean, var
+
+
+def _reduced(y: Tensor) -> list[int]:
+    return [d for d in range(y.dim()) if d != 1]
+
+
+def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the differentiable mean and biased variance of each channel (dim 1)."""
+    var, mean = torch.var_mean(y, _reduced(y), correction=0)
+    return mean, var
+
+
+def normalize_scaled(
+    y: Tensor, folded: Folded, gamma: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finish a folded layer: batch norm straight on the output of the scaled convolution.
+
+    Returns:
+        The result, and the mean and biased variance of the *unscaled* convolution (own bias
+        left out).
+    """
+    scale = folded.scale
+    if scale is None:
+        msg = "internal: a scaled convolution without its scale."
+        raise RuntimeError(msg)
+    scale = scale.to(y.dtype)
+    weight = gamma * torch.sign(scale)
+    out, mean, var = _ScaledBatchNorm.apply(  # type: ignore[no-untyped-call]
+        y, weight, bias, eps * scale.square(), folded.silent
+    )
+    return out, mean / scale, var / scale.square()
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    conv_bias: Tensor | None,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move the running statistics as ``F.batch_norm`` does: unbiased variance, in place.
+
+    Args:
+        running_mean: ``[C]``, overwritten.
+        running_var: ``[C]``, overwritten.
+        statistics: Mean and biased variance of the batch, without the layer's own bias.
+        conv_bias: The layer's own bias.
+        count: Number of values per channel.
+        momentum: Weight of the batch.
+    """
+    mean, var = statistics
+    if conv_bias is not None:
+        mean = mean + conv_bias
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    unbiased = var * (count / max(count - 1, 1))
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)

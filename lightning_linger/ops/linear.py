@@ -1,0 +1,115 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lightning_linger.core.integer import payload_dtype
+from lightning_linger.core.registry import register
+from lightning_linger.core.sites import Site
+from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
+
+
+class LinearCall(NamedTuple):
+    """Bound arguments of ``F.linear``."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@torch.library.custom_op("linger::linear", mutates_args=())
+def integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    """Multiply codes ``[..., K]`` by ``weight`` ``[O, K]`` exactly and bring them to the output scale.
+
+    The arguments are those of ``linger::conv`` (see :mod:`lightning_linger.ops.conv`).
+    """
+    dtype = torch.float32 if exact_in_float32 else torch.float64
+    acc = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return finish_accumulator(acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, 0)
+
+
+@integer_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    dtype = torch.float32 if scale_o == 0.0 else payload_dtype(bits_o)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+class LinearOp(WeightedOp):
+    """``F.linear``."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> LinearCall:
+        """Bind the arguments of ``F.linear``."""
+        return LinearCall(*args, **kwargs)
+
+    def apply(self, call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply."""
+        return F.linear(x, weight, bias)
+
+    def per_channel(self, call: LinearCall, values: Tensor) -> Tensor:
+        """Output channels are dim 0."""
+        return values.view(-1, 1)
+
+    def channel_reduce(self, call: LinearCall, weight: Tensor, how: str) -> Tensor:
+        """Reduce over the input features."""
+        return getattr(weight.abs(), how)(dim=1)  # type: ignore[no-any-return]
+
+    def integer_kernel(
+        self, site: Site, call: LinearCall, x: Tensor, prepared: Prepared, result: IntegerResult
+    ) -> Tensor:
+        """Call ``linger::linear``."""
+        return integer_linear(
+            x,
+            prepared.codes,
+            prepared.bias_codes,
+            prepared.scale_x,
+            prepared.steps,
+            result.scale,
+            prepared.bits_x,
+            site.weight_bits,
+            result.bits,
+            result.low,
+            result.high,
+            site.rounding,
+            site.platform_name,
+            prepared.exact_in_float32,
+        )
+
+
+register(LinearOp("linear"))

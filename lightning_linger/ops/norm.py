@@ -1,0 +1,311 @@
+"""Batch norm: the rest of a folded layer, or a scale and a shift of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.fake_quantize import fake_quantize
+from lightning_linger.core.integer import (
+    EXACT_FLOAT32,
+    code_limits,
+    payload_dtype,
+)
+from lightning_linger.core.limits import limited
+from lightning_linger.core.quantizer import readable
+from lightning_linger.core.registry import Op, register
+from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.folding import (
+    Folded,
+    batch_statistics,
+    folded_of,
+    normalize_scaled,
+    update_running,
+)
+from lightning_linger.ops.weighted import finish, minimum_step
+
+
+class BatchNormCall(NamedTuple):
+    """Bound arguments of ``F.batch_norm``."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    cudnn_enabled: bool = True
+
+
+@torch.library.custom_op("linger::scale_shift", mutates_args=())
+def integer_scale_shift(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    """Return ``x * weight[c] + bias[c]`` on codes ``[N, C, ...]``, brought to the output scale.
+
+    The arguments are those of ``linger::conv``; ``weight`` and ``bias`` are ``[C]``.
+    """
+    dtype = torch.float32 if exact_in_float32 else torch.float64
+    shape = (1, -1, *([1] * (x.dim() - 2)))
+    acc = x.to(dtype) * weight.to(dtype).view(shape) + bias.to(dtype).view(shape)
+    return finish_accumulator(
+        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, x.dim() - 2
+    )
+
+
+@integer_scale_shift.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_x: float,
+    scale_w: Sequence[float],
+    scale_o: float,
+    bits_x: int,
+    bits_w: int,
+    bits_o: int,
+    low: int,
+    high: int,
+    rounding: str,
+    platform: str,
+    exact_in_float32: bool,
+) -> Tensor:
+    dtype = torch.float32 if scale_o == 0.0 else payload_dtype(bits_o)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+class BatchNormOp(Op):
+    """``F.batch_norm``.
+
+    Behind a folded layer it completes that layer. On its own it is a per-channel scale and shift,
+    whose scale is quantized like a weight (linger's ``BatchNorm2dInt``); in training both come from
+    the batch's statistics, with gradients through them.
+    """
+
+    needs_quantized_operand = False
+
+    def bind(self, *args: Any, **kwargs: Any) -> BatchNormCall:
+        """Bind the arguments of ``F.batch_norm`` or ``torch.batch_norm``."""
+        if len(args) == 9:  # torch.batch_norm(x, weight, bias, mean, var, ...)
+            x, weight, bias, mean, var, *rest = args
+            args = (x, mean, var, weight, bias, *rest)
+        return BatchNormCall(*args, **kwargs)
+
+    def obstacle(self, call: BatchNormCall) -> str | None:
+        """Without running statistics there is nothing to put into the integer model."""
+        if call.running_mean is None:
+            return "a batch norm without running statistics normalizes by the batch at run time"
+        return None
+
+    def float(self, site: Site, call: BatchNormCall) -> Any:
+        """Complete a folded layer, or limit scale, shift and output."""
+        folded = folded_of(call.input)
+        if folded is not None:
+            return self._complete(call, folded)
+        limits = site.active_limits
+        if limits is None:
+            return NotImplemented
+        alpha, beta = self._affine(call)
+        alpha = limited(alpha, limits.weight, limits.gradient)
+        beta = limited(beta, limits.bias, limits.gradient)
+        return finish(site, _scale_shift(call.input, alpha, beta), None, quantized=False)
+
+    def fake(self, site: Site, call: BatchNormCall) -> Any:
+        """Complete a folded layer, or scale and shift on the grid."""
+        folded = folded_of(call.input)
+        if folded is not None:
+            return self._complete(call, folded)
+        with torch.autocast(call.input.device.type, enabled=False):
+            x = site.operand(0, call.input)
+            if x is None:
+                return NotImplemented
+            step_x = step_of(x)
+            tag = tag_of(x)
+            assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+            alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
+            product = step_x * step_a
+            values = x
+            if not site.training and not self._fits_float32(site, call, x, tag.bits):
+                values, alpha, beta = x.double(), alpha.double(), beta.double()
+            y = _scale_shift(values, alpha, beta)
+            widest = product.amax() if isinstance(product, Tensor) else product
+            return finish(site, y, widest, True, x.dtype)
+
+    def integer(self, site: Site, call: BatchNormCall) -> Any:
+        """Scale and shift codes."""
+        if folded_of(call.input) is not None:
+            return call.input
+        x = site.operand(0, call.input)
+        if x is None:
+            return NotImplemented
+        tag = tag_of(x)
+        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        codes, bias_codes, steps, exact = self._codes(site, call, x, tag.step, tag.bits)
+        output = site.output
+        product = float(tag.step) * max(steps)
+        if output is None:
+            scale, bits, low, high = 0.0, 0, 0, 0
+        else:
+            scale = float(output.step(minimum_step(site, product)))
+            bits = output.grid.bits
+            low, high = (int(b) for b in output.code_bounds(scale))
+        y = integer_scale_shift(
+            integer_codes(x),
+            codes,
+            bias_codes,
+            float(tag.step),
+            steps,
+            scale,
+            tag.bits,
+            site.weight_bits,
+            bits,
+            low,
+            high,
+            site.rounding,
+            site.platform_name,
+            exact,
+        )
+        return y if output is None else with_tag(y, output.tag(scale, tag.dtype))
+
+    # --- folded -----------------------------------------------------------------------------
+
+    def _complete(self, call: BatchNormCall, folded: Folded) -> Tensor:
+        site = folded.site
+        if site is None:
+            return call.input
+        y = call.input
+        count = y.numel() // y.shape[1]
+        if count < 2:
+            msg = (
+                f"`{site.key}`: expected more than 1 value per channel when training, got input "
+                f"size {tuple(y.shape)}."
+            )
+            raise ValueError(msg)
+        if folded.statistics is not None:
+            statistics = folded.statistics
+        else:
+            gamma = call.weight if call.weight is not None else y.new_ones(y.shape[1])
+            beta = call.bias if call.bias is not None else torch.zeros_like(gamma)
+            y, mean, var = normalize_scaled(
+                y, folded, gamma, self._limited_bias(site, call, folded, gamma, beta), call.eps
+            )
+            statistics = (mean, var)
+        if call.running_mean is not None and call.running_var is not None:
+            update_running(
+                call.running_mean,
+                call.running_var,
+                statistics,
+                folded.conv_bias,
+                count,
+                call.momentum,
+            )
+        return finish(site, y, folded.product, folded.quantized)
+
+    def _limited_bias(
+        self, site: Site, call: BatchNormCall, folded: Folded, gamma: Tensor, beta: Tensor
+    ) -> Tensor:
+        """Return ``beta`` moved by what limiting the folded bias takes off."""
+        limits = site.active_limits
+        if limits is None or limits.bias is None or call.running_mean is None:
+            return beta
+        assert call.running_var is not None  # noqa: S101 - comes with the running mean
+        factor = gamma * torch.rsqrt(call.running_var + call.eps)
+        centre = -call.running_mean if folded.conv_bias is None else folded.conv_bias - call.running_mean
+        bias = beta + centre * factor
+        return limited(bias, limits.bias, limits.gradient) + (beta - bias)
+
+    # --- standalone -------------------------------------------------------------------------
+
+    def _affine(self, call: BatchNormCall) -> tuple[Tensor, Tensor]:
+        if call.training:
+            mean, var = batch_statistics(call.input)
+            count = call.input.numel() // call.input.shape[1]
+            if call.running_mean is not None and call.running_var is not None:
+                update_running(
+                    call.running_mean, call.running_var, (mean, var), None, count, call.momentum
+                )
+        else:
+            assert call.running_mean is not None  # noqa: S101 - see `obstacle`
+            assert call.running_var is not None  # noqa: S101 - see `obstacle`
+            mean, var = call.running_mean, call.running_var
+        alpha = torch.rsqrt(var + call.eps)
+        if call.weight is not None:
+            alpha = alpha * call.weight
+        beta = -mean * alpha
+        return alpha, beta if call.bias is None else beta + call.bias
+
+    def _quantized_affine(
+        self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        alpha, beta = self._affine(call._replace(input=x))
+        limits = site.active_limits
+        if limits is not None:
+            alpha = limited(alpha, limits.weight, limits.gradient)
+            beta = limited(beta, limits.bias, limits.gradient)
+        grid = site.weight_grid
+        assert grid is not None  # noqa: S101 - a quantized batch norm has one
+        assert site.config is not None  # noqa: S101 - it is quantized
+        absmax = alpha.detach().abs().float()
+        step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
+        alpha = fake_quantize(alpha, readable(step_a, alpha), grid.qmin, grid.qmax, grid.rounding)
+        step_b = readable(step_a * step_x, beta)
+        beta = fake_quantize(beta, step_b, *code_limits(site.config.bias_bits), grid.rounding)
+        return alpha, beta, step_a
+
+    @torch.no_grad()
+    def _codes(
+        self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any, bits: int
+    ) -> tuple[Tensor, Tensor, list[float], bool]:
+        evaluated = call._replace(training=False)
+        values = x if x.dtype.is_floating_point else x.float()
+        alpha, beta, step_a = self._quantized_affine(site, evaluated, values, float(step_x))
+        step_a = torch.as_tensor(step_a)
+        codes = torch.round(alpha / step_a)
+        bias_codes = torch.round(beta.double() / (step_a.double() * float(step_x)))
+        steps = [float(s) for s in step_a.flatten()]
+        bound = float((codes.abs() * 2.0 ** (bits - 1) + bias_codes.abs()).max())
+        if site.output is not None:
+            product = float(step_x) * max(steps)
+            step_o = float(site.output.step(minimum_step(site, product)))
+            bound += 0.5 * step_o / (float(step_x) * min(steps))
+        return (
+            codes.to(payload_dtype(site.weight_bits)),
+            bias_codes.to(torch.int32),
+            steps,
+            bound < EXACT_FLOAT32,
+        )
+
+    def _fits_float32(self, site: Site, call: BatchNormCall, x: Tensor, bits: int) -> bool:
+        if torch.compiler.is_compiling():
+            return bool(site.prepared.get("fits_float32", True))
+        if "fits_float32" not in site.prepared:
+            site.prepared["fits_float32"] = self._codes(site, call, x, step_of(x), bits)[3]
+        return bool(site.prepared["fits_float32"])
+
+
+def _scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    shape = (1, -1, *([1] * (x.dim() - 2)))
+    return x * alpha.view(shape) + beta.view(shape)
+
+
+register(BatchNormOp("batch_norm"))

@@ -1,0 +1,398 @@
+"""What convolutions and linear layers share: weights, biases, folding, exact accumulation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize
+from lightning_linger.core.grid import Grid
+from lightning_linger.core.integer import EXACT_FLOAT32, code_limits, payload_dtype
+from lightning_linger.core.limits import limited
+from lightning_linger.core.quantizer import readable
+from lightning_linger.core.registry import Op
+from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.ops.folding import (
+    TINY_FACTOR,
+    Folded,
+    batch_statistics,
+    beta_of,
+    gamma_of,
+    mark_folded,
+    running_bias,
+    running_factor,
+    uses_batch_statistics,
+)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The effective weight and bias of a layer.
+
+    Args:
+        weight: Of the shape the torch function takes.
+        bias: ``[C_out]`` or None.
+        step: Step of the weight, 0-dim or ``[C_out]``; None if the weight is not quantized.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    step: Scalar | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's parameters in evaluation, derived once.
+
+    Args:
+        weight: On the integer grid, real values.
+        bias: Likewise.
+        codes: The weight's codes.
+        bias_codes: The bias's codes, int32.
+        steps: Steps of the weight, one or one per output channel.
+        scale_x: Step of the input.
+        bits_x: Width of the input.
+        exact_in_float32: Whether every accumulator, bias and rounding half included, stays below
+            2^24 for any input codes, so that float32 arithmetic is exact.
+        validity: What it was derived from.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    codes: Tensor
+    bias_codes: Tensor | None
+    steps: list[float]
+    scale_x: float
+    bits_x: int
+    exact_in_float32: bool
+    validity: tuple[Any, ...]
+
+
+class WeightedOp(Op):
+    """A linear map of the input with a weight and an optional bias."""
+
+    needs_quantized_operand = False
+
+    def apply(self, call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the torch function with other tensors in the place of the call's."""
+        raise NotImplementedError
+
+    def per_channel(self, call: Any, values: Tensor) -> Tensor:
+        """View ``[C_out]`` values so that they broadcast to the weight."""
+        raise NotImplementedError
+
+    def channel_reduce(self, call: Any, weight: Tensor, how: str) -> Tensor:
+        """Reduce the absolute weight to ``[C_out]`` by ``amax`` or ``sum``."""
+        raise NotImplementedError
+
+    def integer_kernel(
+        self, site: Site, call: Any, x: Tensor, prepared: Prepared, result: IntegerResult
+    ) -> Tensor:
+        """Call the custom op of the family."""
+        raise NotImplementedError
+
+    # --- the three number systems -----------------------------------------------------------
+
+    def float(self, site: Site, call: Any) -> Tensor:
+        """Run folded and limited, not quantized."""
+        return self._run(site, call, call.input, None)
+
+    def fake(self, site: Site, call: Any) -> Tensor:
+        """Run on the integer grid in floating point."""
+        with torch.autocast(call.input.device.type, enabled=False):
+            x = site.operand(0, call.input)
+            if x is None:
+                return NotImplemented
+            if x.dtype in (torch.float16, torch.bfloat16):
+                x = with_tag(x.float(), tag_of(x))  # type: ignore[arg-type]
+            if site.training:
+                return self._run(site, call, x, step_of(x))
+            return self._evaluate(site, call, x)
+
+    def integer(self, site: Site, call: Any) -> Tensor:
+        """Run on the integers."""
+        x = site.operand(0, call.input)
+        if x is None:
+            return NotImplemented
+        tag = tag_of(x)
+        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        prepared = self._prepare(site, call, float(tag.step), tag.bits)
+        result = self._integer_result(site, prepared, tag)
+        y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
+        if result.tag is not None:
+            y = with_tag(y, result.tag)
+        return mark_folded(y, Folded()) if site.active_fold is not None else y
+
+    # --- training ---------------------------------------------------------------------------
+
+    def _run(self, site: Site, call: Any, x: Tensor, step_x: Scalar | None) -> Tensor:
+        bn: Any = site.active_fold
+        if bn is None or not (uses_batch_statistics(bn) and site.switches.fuse_mode != "frozen"):
+            parameters = self._parameters(site, call, step_x)
+            y = self._finish(site, call, x, parameters, step_x)
+            return mark_folded(y, Folded()) if bn is not None else y
+        if site.switches.fuse_mode == "batch":
+            return self._run_batch_folded(site, call, x, step_x, bn)
+        return self._run_scaled(site, call, x, step_x, bn)
+
+    def _finish(
+        self, site: Site, call: Any, x: Tensor, parameters: Parameters, step_x: Scalar | None
+    ) -> Tensor:
+        y = self.apply(call, x, parameters.weight, parameters.bias)
+        return finish(site, y, self._product(step_x, parameters.step), step_x is not None)
+
+    def _product(self, step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
+        """Return the (coarsest) step of the accumulator."""
+        if step_x is None or step_w is None:
+            return None
+        product = step_x * step_w
+        return product.amax() if isinstance(product, Tensor) else product
+
+    def _run_batch_folded(
+        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, bn: Any
+    ) -> Tensor:
+        plain = self.apply(call, x, call.weight, None)
+        mean, var = batch_statistics(plain)
+        factor = gamma_of(bn) * torch.rsqrt(var + bn.eps)
+        bias = beta_of(bn) - mean * factor
+        parameters = self._constrained(
+            site, call, call.weight * self.per_channel(call, factor), bias, step_x
+        )
+        y = self.apply(call, x, parameters.weight, parameters.bias)
+        folded = Folded(
+            site=site,
+            conv_bias=call.bias,
+            statistics=(mean.detach(), var.detach()),
+            product=self._product(step_x, parameters.step),
+            quantized=step_x is not None,
+        )
+        return mark_folded(y, folded)
+
+    def _run_scaled(
+        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, bn: Any
+    ) -> Tensor:
+        with torch.no_grad():
+            inv_sigma = torch.rsqrt(bn.running_var + bn.eps)
+            factor = gamma_of(bn) * inv_sigma
+            faint = factor.abs() < TINY_FACTOR
+        constrained = self._constrained(
+            site, call, call.weight * self.per_channel(call, factor), None, step_x
+        )
+        silent = None
+        if step_x is not None:
+            faint = faint | (self.channel_reduce(call, constrained.weight.detach(), "amax") == 0)
+            silent = faint
+        scale = torch.where(faint, inv_sigma, factor)
+        weight = constrained.weight
+        if not _surely_none(faint):
+            unfolded = call.weight * self.per_channel(call, inv_sigma)
+            weight = torch.where(self.per_channel(call, faint), unfolded, weight)
+        y = self.apply(call, x, weight, None)
+        folded = Folded(
+            site=site,
+            scale=scale,
+            conv_bias=call.bias,
+            silent=silent,
+            product=self._product(step_x, constrained.step),
+            quantized=step_x is not None,
+        )
+        return mark_folded(y, folded)
+
+    # --- parameters -------------------------------------------------------------------------
+
+    def _parameters(self, site: Site, call: Any, step_x: Scalar | None) -> Parameters:
+        weight, bias = call.weight, call.bias
+        bn: Any = site.active_fold
+        if bn is not None:
+            factor = running_factor(bn)
+            weight = weight * self.per_channel(call, factor)
+            bias = running_bias(bn, bias, factor)
+        return self._constrained(site, call, weight, bias, step_x)
+
+    def _constrained(
+        self, site: Site, call: Any, weight: Tensor, bias: Tensor | None, step_x: Scalar | None
+    ) -> Parameters:
+        limits = site.active_limits
+        if limits is not None:
+            weight = limited(weight, limits.weight, limits.gradient)
+            bias = limited(bias, limits.bias, limits.gradient) if bias is not None else None
+        if step_x is None or site.weight_grid is None or site.config is None:
+            return Parameters(weight, bias)
+        grid = site.weight_grid
+        step_w = self._weight_step(site, call, weight.detach(), grid)
+        steps = self.per_channel(call, step_w) if step_w.dim() else step_w
+        weight = fake_quantize(
+            weight, readable(steps, weight), grid.qmin, grid.qmax, grid.rounding
+        )
+        if bias is not None:
+            step_b = readable(step_w * step_x, bias)
+            bias = fake_quantize(
+                bias, step_b, *code_limits(site.config.bias_bits), grid.rounding
+            )
+        return Parameters(weight, bias, step_w)
+
+    def _weight_step(self, site: Site, call: Any, weight: Tensor, grid: Grid) -> Tensor:
+        if site.granularity == "channel":
+            return grid.step(self.channel_reduce(call, weight, "amax").float())
+        low, high = torch.aminmax(weight)
+        return grid.step(torch.maximum(-low, high).float())
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def _evaluate(self, site: Site, call: Any, x: Tensor) -> Tensor:
+        tag = tag_of(x)
+        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        if torch.compiler.is_compiling() and "weights" not in site.prepared:
+            y = self._finish(site, call, x, self._parameters(site, call, tag.step), tag.step)
+            return mark_folded(y, Folded()) if site.active_fold is not None else y
+        prepared = self._prepare(site, call, tag.step, tag.bits)
+        weight, bias = prepared.weight, prepared.bias
+        if torch.is_grad_enabled() and call.weight.requires_grad:
+            differentiable = self._parameters(site, call, tag.step)
+            weight, bias = differentiable.weight, differentiable.bias
+        if prepared.exact_in_float32 or x.dtype == torch.float64:
+            y = self.apply(call, x, weight, bias)
+        else:
+            y = self.apply(call, x.double(), weight.double(), None if bias is None else bias.double())
+        y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, x.dtype)
+        return mark_folded(y, Folded()) if site.active_fold is not None else y
+
+    def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
+        found: Prepared | None = site.prepared.get("weights")
+        if found is not None and (
+            torch.compiler.is_compiling() or found.validity == _validity(site, call)
+        ):
+            return found
+        step_x = float(step_x)
+        with torch.no_grad():
+            parameters = self._parameters(site, call, step_x)
+            step_w = torch.as_tensor(parameters.step)
+            steps = self.per_channel(call, step_w) if step_w.dim() else step_w
+            codes = torch.round(parameters.weight / steps)
+            bias_codes = None
+            if parameters.bias is not None:
+                bias_codes = torch.round(parameters.bias.double() / (step_w.double() * step_x))
+            bound = self.channel_reduce(call, codes.double(), "sum") * 2.0 ** (bits_x - 1)
+            if bias_codes is not None:
+                bound = bound + bias_codes.abs()
+            found = Prepared(
+                weight=parameters.weight,
+                bias=parameters.bias,
+                codes=codes.to(payload_dtype(site.weight_bits)),
+                bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
+                steps=[float(s) for s in step_w.flatten()],
+                scale_x=step_x,
+                bits_x=bits_x,
+                exact_in_float32=self._fits_float32(site, bound.max().item(), step_x, step_w),
+                validity=_validity(site, call),
+            )
+        site.prepared["weights"] = found
+        return found
+
+    def _fits_float32(self, site: Site, bound: float, step_x: float, step_w: Tensor) -> bool:
+        if torch.get_float32_matmul_precision() != "highest" and site.widest_operand > 8:
+            return False
+        half = 0.0
+        if site.output is not None:
+            half = 0.5 * float(site.output.step(minimum_step(site, step_x * float(step_w.max()))))
+            half /= step_x * float(step_w.min())
+        return bound + half < EXACT_FLOAT32
+
+    def _integer_result(self, site: Site, prepared: Prepared, tag: Tag) -> IntegerResult:
+        if site.output is None:
+            if site.config is not None and site.config.output_bits == 32:
+                step = float(tag.step) * prepared.steps[0]
+                low, high = code_limits(32)
+                return IntegerResult(step, 32, low, high, Tag(step, 32, site.key, tag.dtype))
+            return IntegerResult(0.0, 0, 0, 0, None)
+        product = float(tag.step) * max(prepared.steps)
+        step = float(site.output.step(minimum_step(site, product)))
+        low_code, high_code = site.output.code_bounds(step)
+        return IntegerResult(
+            step,
+            site.output.grid.bits,
+            int(low_code),
+            int(high_code),
+            site.output.tag(step, tag.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class IntegerResult:
+    """What an integer kernel has to produce.
+
+    Args:
+        scale: Step of the result; 0 asks for real values in float32.
+        bits: Width of the result.
+        low: Smallest code.
+        high: Largest code.
+        tag: Tag of the result, None for real values.
+    """
+
+    scale: float
+    bits: int
+    low: int
+    high: int
+    tag: Tag | None
+
+
+def minimum_step(site: Site, product: Scalar | None) -> Scalar | None:
+    """Return the finest step a result may have, given the step of its accumulator."""
+    return product if site.platform is not None and site.platform.right_shift_only else None
+
+
+def finish(
+    site: Site,
+    y: Tensor,
+    product: Scalar | None,
+    quantized: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Limit and quantize the result of a layer.
+
+    Args:
+        site: The layer.
+        y: Its result, float64 where float32 could not hold the accumulator.
+        product: Step of the accumulator, None if not quantized.
+        quantized: Whether the layer is quantized now.
+        dtype: The dtype the model expects; None keeps that of ``y``.
+    """
+    limits = site.active_limits
+    static = limits is not None and limits.output is not None and limits.output.kind == "static"
+    if not (quantized and site.output is not None and static):
+        y = site.limit_output(y)
+    if not quantized:
+        return y
+    if site.output is None:
+        y = y if dtype is None else y.to(dtype)
+        if site.config is not None and site.config.output_bits == 32 and product is not None:
+            return with_tag(y, Tag(product, 32, site.key, y.dtype))
+        return y
+    cap = limits.output.value if static and limits and limits.output else math.inf
+    if site.learning:
+        site.output.observe(y, cap)
+    step = site.output.step(minimum_step(site, product))
+    return site.output.round(y, step, dtype or y.dtype)
+
+
+def _validity(site: Site, call: Any) -> tuple[Any, ...]:
+    bn: Any = site.active_fold
+    tensors = [call.weight, call.bias]
+    if bn is not None:
+        tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    versions = tuple(
+        (t.data_ptr(), t._version) for t in tensors if t is not None and not t.is_inference()
+    )
+    return (versions, site.switches.fuse, site.switches.normalize)
+
+
+def _surely_none(mask: Tensor) -> bool:
+    # Reading a value would stall a GPU; there the general formula costs less.
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not mask.any().item()

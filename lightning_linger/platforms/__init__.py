@@ -1,0 +1,56 @@
+"""Targets as data: what each does differently."""
+
+from lightning_linger.core.errors import ConfigError, near_matches
+from lightning_linger.core.platform import Platform
+
+
+def _luna(name: str, engine_name: str) -> Platform:
+    """One of LISTENAI's LUNA engines: power-of-two scales, half-up right shifts, saturation."""
+    return Platform(
+        name=name,
+        scale="power_of_two",
+        granularity="tensor",
+        rounding="half_up",
+        narrow_weights=False,
+        rescale="shift",
+        add="round_operands",
+        dialect="linger",
+        engine_name=engine_name,
+    )
+
+
+PLATFORMS: dict[str, Platform] = {
+    platform.name: platform
+    for platform in (
+        _luna("venusa", "venusA"),
+        _luna("arcs", "arcs"),
+        _luna("venus", "venus"),
+        _luna("mars", "mars"),
+        Platform(
+            name="onnxruntime",
+            scale="free",
+            granularity="channel",
+            rounding="half_even",
+            narrow_weights=True,
+            rescale="multiply",
+            add="round_sum",
+            dialect="qdq",
+            engine_name="onnxruntime",
+        ),
+    )
+}
+
+
+def platform_of(name: str) -> Platform:
+    """Return a platform by name.
+
+    Raises:
+        ConfigError: If there is no such platform; names the similar ones.
+    """
+    if name not in PLATFORMS:
+        msg = (
+            f"unknown platform {name!r}. Allowed: {sorted(PLATFORMS)}. Similar: "
+            f"{near_matches(name, PLATFORMS)}."
+        )
+        raise ConfigError(msg)
+    return PLATFORMS[name]

@@ -1,0 +1,1 @@
+"""Integer execution, float/int divergence, and error metrics."""

@@ -1,0 +1,50 @@
+"""Running a prepared model in integers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_linger.core.errors import NotReadyError
+from lightning_linger.core.instrumentation import instrumentation_of
+
+
+@contextlib.contextmanager
+def integer(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the model's forwards in integers while the context is open.
+
+    Sites that are quantized and know their ranges compute on int8, int16 and int32 tensors; calls
+    return real float values, equal bit for bit to those of the fake-quant evaluation forward on
+    power-of-two platforms. No state changes. Re-entrant.
+
+    Args:
+        model: A quantized model in evaluation mode.
+
+    Raises:
+        NotReadyError: If the quantize stage is off, or the model is in training mode.
+    """
+    with number_system(model, "integer"):
+        yield model
+
+
+@contextlib.contextmanager
+def number_system(model: nn.Module, system: str) -> Iterator[None]:
+    """Run quantized sites as ``float``, ``fake`` or ``integer`` while the context is open."""
+    switches = instrumentation_of(model).switches
+    if not switches.quantize:
+        msg = (
+            "the quantize stage is off, there is no integer model yet. Call `linger.quantize` or "
+            "train past the epoch at which QuantizeCallback switches it on."
+        )
+        raise NotReadyError(msg)
+    if model.training:
+        msg = "the model is in training mode. Call `model.eval()` first."
+        raise NotReadyError(msg)
+    before = switches.system
+    switches.system = system
+    try:
+        yield
+    finally:
+        switches.system = before

@@ -1,0 +1,1 @@
+"""Stages: functions on any `nn.Module`, usable without a Trainer."""

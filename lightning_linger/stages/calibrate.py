@@ -1,0 +1,68 @@
+"""Calibration: ranges from data, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_linger.core.config import QuantConfig
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.stages.prepare import check_example
+from lightning_linger.stages.quantize import quantize
+
+
+def calibrate(model: nn.Module, loader: Iterable[Any], config: QuantConfig | None = None) -> nn.Module:
+    """Move the ranges of a model over some batches; weights and statistics stay as they are.
+
+    Args:
+        model: A prepared model. If it is not quantized yet, it is, with ``config``.
+        loader: Batches: a tensor, a tuple or list whose first entry is the input, or a mapping of
+            keyword inputs.
+        config: Used if the model is not quantized yet.
+
+    Returns:
+        The model, in the mode it had.
+
+    Raises:
+        ConfigError: If the loader is empty.
+    """
+    instrumentation = instrumentation_of(model)
+    if not instrumentation.switches.quantize:
+        quantize(model, config)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    batches = 0
+    try:
+        _learn_in_evaluation(instrumentation)
+        with torch.no_grad():
+            for batch in loader:
+                check_example(batch)
+                _call(model, batch)
+                batches += 1
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        instrumentation.thaw()
+    if batches == 0:
+        msg = "the calibration loader gave no batch."
+        raise ConfigError(msg)
+    return model
+
+
+def _learn_in_evaluation(instrumentation: Instrumentation) -> None:
+    # The model's layers run as in evaluation, only the sites learn.
+    for site in instrumentation.sites:
+        site.train()
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        model(batch[0])
+    else:
+        model(batch)

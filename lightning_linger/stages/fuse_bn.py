@@ -1,0 +1,92 @@
+"""Folding batch norms into the layers before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from lightning_linger.core.config import FuseConfig, FuseMode
+from lightning_linger.core.errors import ConfigError, near_matches
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.sites import Site
+from lightning_linger.ops.weighted import WeightedOp
+
+
+def fuse_bn(
+    model: nn.Module, mode: FuseMode = "running", modules: Sequence[str] | None = None
+) -> nn.Module:
+    """Fold every batch norm that is the sole consumer of a layer into that layer, from now on.
+
+    Range limits and weight quantization then act on the folded weights, as on the chip; training
+    keeps the gradients and statistics of the separate layers.
+
+    Args:
+        model: A prepared model.
+        mode: ``running``, ``batch`` or ``frozen``, see :class:`FuseConfig`.
+        modules: Globs on dotted paths of layers; None folds all.
+
+    Returns:
+        The model.
+    """
+    plan_fuse_bn(model, FuseConfig(mode), modules)
+    return switch_fuse_bn(model, on=True)
+
+
+def plan_fuse_bn(
+    model: nn.Module, config: FuseConfig, modules: Sequence[str] | None = None
+) -> nn.Module:
+    """Find the pairs to fold without switching folding on."""
+    instrumentation = instrumentation_of(model)
+    instrumentation.switches.fuse_mode = config.mode
+    layers = [site for site in instrumentation.sites if isinstance(site.op, WeightedOp)]
+    for pattern in modules or ():
+        _require_match(pattern, [site.node.owner for site in layers])
+    for site in layers:
+        chosen = modules is None or any(_covers(pattern, site.node.owner) for pattern in modules)
+        batch_norm = _foldable(instrumentation, site) if chosen else None
+        site.__dict__["fold"] = batch_norm
+    return model
+
+
+def switch_fuse_bn(model: nn.Module, on: bool, mode: FuseMode | None = None) -> nn.Module:
+    """Switch planned folding on or off, or change its mode."""
+    instrumentation = instrumentation_of(model)
+    instrumentation.switches.fuse = on
+    if mode is not None:
+        instrumentation.switches.fuse_mode = FuseConfig(mode).mode
+    instrumentation.thaw()
+    return model
+
+
+def _foldable(instrumentation: Instrumentation, site: Site) -> nn.Module | None:
+    """Return the batch norm module that reads only this layer's result, and that alone reads it."""
+    consumer = instrumentation.graph.sole_consumer(site.key)
+    if consumer is None or consumer.op != "batch_norm" or consumer.key not in instrumentation:
+        return None
+    follower = instrumentation.find(consumer.key)
+    batch_norm: Any = follower.owner
+    if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
+        return None
+    if follower.op.obstacle(follower.op.bind(*follower.node.args, **follower.node.kwargs)):
+        return None
+    if site.op.kind == "linear" and len(site.node.outputs[0].shape) != 2:
+        # The channels of a linear layer are its last dimension, those of a batch norm the second.
+        return None
+    return batch_norm
+
+
+def _covers(pattern: str, path: str) -> bool:
+    while path:
+        if fnmatchcase(path, pattern):
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def _require_match(pattern: str, paths: list[str]) -> None:
+    if not any(_covers(pattern, path) for path in paths):
+        msg = f"the pattern {pattern!r} matches no layer. Similar: {near_matches(pattern, paths)}."
+        raise ConfigError(msg)

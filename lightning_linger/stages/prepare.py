@@ -1,0 +1,149 @@
+"""Finding the sites of a model, and taking everything off again."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import lightning_linger.ops  # noqa: F401 - fills the op table
+from lightning_linger.core.errors import ConfigError, NonFiniteError, UnsupportedError
+from lightning_linger.core.graph import Graph, Run
+from lightning_linger.core.instrumentation import (
+    STATE_NAME,
+    Instrumentation,
+    is_prepared,
+)
+from lightning_linger.core.recorder import Recorder
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    example_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Find the sites of a model; nothing is switched on, and no result changes.
+
+    The model runs twice, as in evaluation and as in training, without leaving a trace: random
+    state, buffers and modes are put back.
+
+    Args:
+        model: Any module; it is instrumented in place.
+        example_inputs: Positional inputs of one forward, on the model's device.
+        example_kwargs: Keyword inputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: If the inputs are empty, or the model is prepared already.
+        NonFiniteError: If an input holds NaN or infinity.
+        UnsupportedError: If the model makes no call that can be quantized.
+    """
+    if not isinstance(example_inputs, tuple):
+        msg = (
+            "`example_inputs` is a tuple of positional arguments. "
+            f"Found: {type(example_inputs).__name__}. Did you mean `(x,)`?"
+        )
+        raise ConfigError(msg)
+    check_example((example_inputs, example_kwargs))
+    return prepare_by(model, lambda: model(*example_inputs, **(example_kwargs or {})))
+
+
+def prepare_by(model: nn.Module, forward: Callable[[], Any]) -> nn.Module:
+    """Find the sites by running ``forward``, which calls the model or some of its submodules."""
+    if is_prepared(model):
+        msg = "the model is prepared already. Call `linger.strip(model)` to start over."
+        raise ConfigError(msg)
+    instrumentation = Instrumentation(model)
+    try:
+        runs = [_record(model, instrumentation, forward, training) for training in (False, True)]
+        instrumentation.create_sites(Graph(runs), model)
+        if not instrumentation.sites:
+            msg = (
+                f"{type(model).__name__} calls no op that can be quantized in its forward. Check "
+                "that the example inputs reach its layers, and that the layers are called through "
+                "modules of the model."
+            )
+            raise UnsupportedError(msg)
+    except BaseException:
+        instrumentation.detach_hooks()
+        raise
+    model.add_module(STATE_NAME, instrumentation)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    instrumentation.to(device)
+    return model
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Take every hook, site and quantizer off; what remains is the float model. Returns it."""
+    if is_prepared(model):
+        instrumentation: Any = getattr(model, STATE_NAME)
+        instrumentation.detach_hooks()
+        delattr(model, STATE_NAME)
+    return model
+
+
+def check_example(example: Any) -> None:
+    """Refuse empty and non-finite example tensors before they become scales."""
+    for leaf in tree_leaves(example):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.numel() == 0:
+            msg = (
+                f"an example input of shape {tuple(leaf.shape)} is empty. Pass a batch with at "
+                "least one sample."
+            )
+            raise ConfigError(msg)
+        if leaf.dtype.is_floating_point and not torch.isfinite(leaf).all():
+            msg = (
+                f"an example input of shape {tuple(leaf.shape)} holds NaN or infinity. Pass clean "
+                "data: ranges are derived from it."
+            )
+            raise NonFiniteError(msg)
+
+
+def _record(
+    model: nn.Module,
+    instrumentation: Instrumentation,
+    forward: Callable[[], Any],
+    training: bool,
+) -> Run:
+    constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    recorder = Recorder(constants)
+    with no_trace(model):
+        for module in model.modules():
+            # Batch norms stay in evaluation mode: any batch size works and statistics stay put.
+            keeps_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module.training = training and not keeps_statistics
+        instrumentation.recorder = recorder
+        try:
+            forward()
+        finally:
+            instrumentation.recorder = None
+    return recorder.run
+
+
+@contextlib.contextmanager
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """Put back random states, buffers and training modes on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,278 @@
+"""Quantization-aware training: quantizers at the sites, planned once, then switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_linger.core.config import QuantConfig
+from lightning_linger.core.errors import ConfigError, UnsupportedError
+from lightning_linger.core.graph import Node, TensorSpec
+from lightning_linger.core.grid import Grid
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.platform import Platform
+from lightning_linger.core.quantizer import Quantizer, Window
+from lightning_linger.core.registry import op_of
+from lightning_linger.core.sites import Site
+from lightning_linger.core.tags import WIDEST_OPERAND
+from lightning_linger.ops.activation import ClampOp, window_of
+from lightning_linger.ops.norm import BatchNormOp
+from lightning_linger.ops.weighted import WeightedOp
+from lightning_linger.platforms import platform_of
+from lightning_linger.stages.selection import QUANT_MARK, Fields, Selection
+
+# A sigmoid's 8-bit result no longer changes beyond.
+SIGMOID_CAP = 8.0
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    types: Sequence[type[nn.Module] | str] | None = None,
+    modules: Sequence[str] | None = None,
+    overrides: Mapping[str, Fields] | None = None,
+) -> nn.Module:
+    """Quantize a prepared model from now on; training forwards move the ranges.
+
+    Args:
+        model: A prepared model.
+        config: How; None is the default of the default platform.
+        types: Allow-list of module types or op kinds.
+        modules: Globs on dotted paths.
+        overrides: Fields per glob or ``type:Name``, or None to leave a layer in float.
+
+    Returns:
+        The model.
+    """
+    plan_quantize(model, config or QuantConfig(), types, modules, overrides)
+    return switch_quantize(model, on=True)
+
+
+def switch_quantize(model: nn.Module, on: bool) -> nn.Module:
+    """Switch planned quantizers on or off."""
+    instrumentation = instrumentation_of(model)
+    instrumentation.switches.quantize = on
+    instrumentation.thaw()
+    return model
+
+
+def plan_quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    types: Sequence[type[nn.Module] | str] | None = None,
+    modules: Sequence[str] | None = None,
+    overrides: Mapping[str, Fields] | None = None,
+) -> nn.Module:
+    """Create every quantizer without switching them on.
+
+    Folding has to be planned before, because a folded layer quantizes behind its batch norm.
+    """
+    instrumentation = instrumentation_of(model)
+    selection = Selection(types, modules, overrides, QUANT_MARK)
+    selection.validate(model, instrumentation.sites)
+    planner = _Planner(model, instrumentation, config, selection)
+    planner.run()
+    if not any(site.quantized for site in instrumentation.sites):
+        reasons = {site.why_float for site in instrumentation.sites}
+        msg = (
+            f"no site of {type(model).__name__} would be quantized ({'; '.join(map(str, reasons))}). "
+            "Widen `types`, `modules` or `overrides`."
+        )
+        raise UnsupportedError(msg)
+    return model
+
+
+class _Planner:
+    """Walks the recorded dataflow once and gives every site its quantizers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        instrumentation: Instrumentation,
+        config: QuantConfig,
+        selection: Selection,
+    ) -> None:
+        self.model = model
+        self.instrumentation = instrumentation
+        self.graph = instrumentation.graph
+        self.config = config
+        self.selection = selection
+        self.device = next(
+            (t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")
+        )
+
+    def run(self) -> None:
+        for site in self.instrumentation.sites:
+            self._reset(site)
+        for run in self.graph.runs:
+            self._walk(run.nodes)
+        for site in self.instrumentation.sites:
+            if site.quantized and site.output is not None:
+                self._look_ahead(site)
+
+    def _reset(self, site: Site) -> None:
+        site.config, site.platform, site.output, site.weight_grid = None, None, None, None
+        site.inputs = nn.ModuleDict()
+        site.merged, site.why_float = False, "not reached"
+
+    def _walk(self, nodes: list[Node]) -> None:
+        on_grid: set[int] = set()
+        for node in nodes:
+            op = op_of(node.op)
+            if op is None:
+                continue
+            if not op.has_site:
+                quantized = bool(node.inputs) and node.inputs[0].value in on_grid
+            else:
+                quantized = self._plan(self.instrumentation.find(node.key), node, on_grid)
+            if quantized:
+                on_grid |= {spec.value for spec in node.outputs}
+
+    def _plan(self, site: Site, node: Node, on_grid: set[int]) -> bool:
+        """Plan one site; return whether its result is on the grid."""
+        call = site.op.bind(*node.args, **_without_inplace(node.kwargs))
+        if isinstance(site.op, BatchNormOp) and self._is_folded(node):
+            return self._complete_folded(site, node)
+        fields, reason = self.selection.resolve(self.model, site)
+        operands = [x for x in site.op.operands(call) if isinstance(x, TensorSpec)]
+        reason = reason or self._obstacle(site, call, operands, on_grid)
+        if reason is not None or fields is None:
+            site.config, site.why_float = None, reason
+            return False
+        config = self.config.override(dict(fields))
+        platform = platform_of(config.platform)
+        self._refuse_unsupported(site, config, platform)
+        site.config, site.platform, site.why_float = config, platform, None
+        if isinstance(site.op, WeightedOp | BatchNormOp):
+            site.weight_grid = _weight_grid(config, platform)
+        self._add_input_quantizers(site, call, config, platform, on_grid)
+        if site.op.output_scale == "inputs":
+            return True
+        bits = config.output_bits
+        if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
+            site.output = self._quantizer(site.key, bits, config, platform)
+        return bits is not None and bits <= WIDEST_OPERAND
+
+    def _obstacle(
+        self, site: Site, call: Any, operands: list[TensorSpec], on_grid: set[int]
+    ) -> str | None:
+        obstacle = site.op.obstacle(call)
+        if obstacle is not None:
+            return obstacle
+        if not all(spec.floating for spec in operands):
+            return "an operand holds integers, not activations"
+        if site.op.needs_quantized_operand and not any(s.value in on_grid for s in operands):
+            return "no operand is quantized"
+        if self.graph.is_aliased(site.key):
+            return f"works in place on a value read again under its old name at {site.node.location}"
+        return None
+
+    def _is_folded(self, node: Node) -> bool:
+        return self._folded_layer(node) is not None
+
+    def _folded_layer(self, node: Node) -> Site | None:
+        for site in self.instrumentation.sites:
+            if site.fold is not None:
+                consumer = self.graph.sole_consumer(site.key)
+                if consumer is not None and consumer.key == node.key:
+                    return site
+        return None
+
+    def _complete_folded(self, site: Site, node: Node) -> bool:
+        layer = self._folded_layer(node)
+        if layer is None or layer.config is None:
+            site.why_float = "folded into a layer that stays float"
+            return False
+        site.config, site.platform, site.why_float = layer.config, layer.platform, None
+        return layer.output is not None
+
+    def _refuse_unsupported(self, site: Site, config: QuantConfig, platform: Platform) -> None:
+        granularity = config.granularity or platform.granularity
+        scale = config.scale or platform.scale
+        if platform.right_shift_only and scale != "power_of_two":
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} shifts, it needs scale='power_of_two'. "
+                f"Found: {scale!r}."
+            )
+            raise ConfigError(msg)
+        if config.output_bits is not None and config.output_bits > WIDEST_OPERAND:
+            if granularity == "channel":
+                msg = (
+                    f"`{site.key}`: a {config.output_bits}-bit output has one scale, the weights "
+                    "have one per channel. Set granularity='tensor', or output_bits=None for float."
+                )
+                raise ConfigError(msg)
+            if config.output_bits != 32:
+                msg = f"`{site.key}`: output_bits above 16 must be 32. Found: {config.output_bits}."
+                raise ConfigError(msg)
+
+    def _add_input_quantizers(
+        self, site: Site, call: Any, config: QuantConfig, platform: Platform, on_grid: set[int]
+    ) -> None:
+        for position, operand in enumerate(site.op.operands(call)):
+            name = str(position)
+            plain = isinstance(operand, TensorSpec) and operand.value not in on_grid
+            if plain and name not in site.inputs:
+                site.inputs[name] = self._quantizer(
+                    f"{site.key}:input{position}", config.activation_bits, config, platform
+                )
+
+    def _quantizer(
+        self, name: str, bits: int, config: QuantConfig, platform: Platform
+    ) -> Quantizer:
+        grid = Grid(
+            bits, config.scale or platform.scale, config.rounding or platform.rounding
+        )
+        quantizer = Quantizer(name, grid, config.range)  # type: ignore[arg-type]
+        quantizer.train(self.model.training)
+        return quantizer.to(self.device)
+
+    # --- looking ahead ----------------------------------------------------------------------
+
+    def _look_ahead(self, site: Site) -> None:
+        """Let the quantizer before a clamping activation see only what passes it."""
+        quantizer = site.output
+        key = site.key
+        follower = self.graph.sole_consumer(key)
+        if site.fold is not None and follower is not None:
+            follower = self.graph.sole_consumer(follower.key)
+        if quantizer is None or follower is None or not self._may_look_ahead(site):
+            return
+        if follower.op == "sigmoid":
+            quantizer.window = quantizer.window & Window(cap=SIGMOID_CAP)
+            return
+        if follower.key not in self.instrumentation:
+            return
+        clamp = self.instrumentation.find(follower.key)
+        if isinstance(clamp.op, ClampOp) and clamp.quantized:
+            call = clamp.op.bind(*follower.args, **_without_inplace(follower.kwargs))
+            window = window_of(call)
+            if window.low <= 0.0 <= window.high:
+                quantizer.window = quantizer.window & window
+                clamp.merged = True
+
+    def _may_look_ahead(self, site: Site) -> bool:
+        config = site.config
+        if config is None:
+            return False
+        if isinstance(site.op, BatchNormOp) or site.fold is not None:
+            return config.ahead_bn_relu
+        if site.op.kind == "linear":
+            return config.ahead_linear_relu
+        return config.ahead_conv_relu if isinstance(site.op, WeightedOp) else True
+
+
+def _weight_grid(config: QuantConfig, platform: Platform) -> Grid:
+    return Grid(
+        config.weight_bits,
+        config.scale or platform.scale,
+        config.rounding or platform.rounding,
+        platform.narrow_weights,
+    )
+
+
+def _without_inplace(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "inplace"}
