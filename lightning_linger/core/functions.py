@@ -21,14 +21,16 @@ class Canonical:
     """What a torch function means.
 
     Args:
-        op: Canonical op name, e.g. ``add``.
+        op: Canonical op name, e.g. ``add``; empty for a function the library has no op for.
         inplace: Whether the first operand is overwritten (``add_``, ``+=``).
-        swapped: Whether the operands are reversed (``__radd__``).
+        swapped: Whether the operands are reversed (``__rsub__``).
+        query: Whether it asks a tensor about itself without reading its values.
     """
 
     op: str
     inplace: bool = False
     swapped: bool = False
+    query: bool = False
 
 
 # canonical op -> the function names under which it is found in the namespaces below
@@ -124,11 +126,8 @@ def _build_table() -> dict[TorchFunction, Canonical]:
     return table
 
 
-CANONICAL: dict[TorchFunction, Canonical] = _build_table()
-
-
-def _find_mutating() -> frozenset[TorchFunction]:
-    found: set[TorchFunction] = {torch.Tensor.__setitem__}
+def _mutating() -> Iterator[TorchFunction]:
+    yield torch.Tensor.__setitem__
     for namespace in _namespaces():
         for name in dir(namespace):
             inplace_dunder = name.startswith("__i") and name.endswith("__")
@@ -136,27 +135,29 @@ def _find_mutating() -> frozenset[TorchFunction]:
             if (inplace_dunder or inplace_method) and name not in _NOT_MUTATING:
                 function = getattr(namespace, name)
                 if callable(function):
-                    found.add(function)
-    return frozenset(found)
+                    yield function
 
 
 # In-place by name, but they leave the values alone.
 _NOT_MUTATING = {"requires_grad_", "detach_", "rename_", "share_memory_", "__init__", "__index__"}
 
-MUTATING: frozenset[TorchFunction] = _find_mutating()
+def _queries() -> Iterator[TorchFunction]:
+    for name in (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
+        *("is_complex", "is_floating_point", "is_contiguous", "element_size", "get_device"),
+        *("__len__", "data_ptr"),
+    ):
+        yield from _find(name)
+    for name in (
+        *("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_sparse"),
+        *("is_leaf", "requires_grad", "grad_fn", "is_quantized", "is_meta", "is_mps", "is_nested"),
+    ):
+        yield getattr(torch.Tensor, name).__get__
 
-# Functions that ask a tensor about itself without reading its values.
-QUERIES: frozenset[TorchFunction] = frozenset(
-    function
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_complex"),
-        *("is_floating_point", "is_contiguous", "element_size", "get_device", "__len__", "data_ptr"),
-    )
-    for function in _find(name)
-) | frozenset(
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_sparse", "is_leaf"),
-        *("requires_grad", "grad_fn", "is_quantized", "is_meta", "is_mps", "is_nested"),
-    )
-)
+
+# A dictionary, because a graph capture looks functions up in dictionaries but not in sets.
+CANONICAL: dict[TorchFunction, Canonical] = {
+    **{function: Canonical("", inplace=True) for function in _mutating()},
+    **{function: Canonical("", query=True) for function in _queries()},
+    **_build_table(),
+}

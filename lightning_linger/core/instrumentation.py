@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import NotReadyError, QuantizationWarning
-from lightning_linger.core.functions import CANONICAL, MUTATING, Canonical
+from lightning_linger.core.functions import CANONICAL, Canonical
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.integer import dequantize
 from lightning_linger.core.locations import caller_location
@@ -206,22 +206,22 @@ class Instrumentation(nn.Module):
         canonical = CANONICAL.get(func)
         if self.recorder is not None:
             return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])
-        op = op_of(canonical.op) if canonical is not None else None
-        if canonical is None or op is None:
-            return self._run_plain(func, args, kwargs)
+        if canonical is None:
+            return self._run_plain(func, args, kwargs, inplace=False)
+        if canonical.query:
+            return self._answer(func, args, kwargs)
+        op = op_of(canonical.op)
+        if op is None or not takes_activations(args, kwargs):
+            return self._run_plain(func, args, kwargs, canonical.inplace)
         if not op.has_site:
             return move(func, args, kwargs)
-        if not takes_activations(args, kwargs):
-            return self._run_plain(func, args, kwargs)
         site = self._find_site(op, args, kwargs)
         system = site.system() if site is not None else None
-        if site is None or system is None:
-            return self._run_plain(func, args, kwargs)
-        result = self._run_site(site, op, canonical, system, args, kwargs)
+        result = NotImplemented
+        if site is not None and system is not None:
+            result = self._run_site(site, op, canonical, system, args, kwargs)
         if result is NotImplemented:
-            return self._run_plain(func, args, kwargs)
-        if self.tap is not None:
-            self.tap(site, op.bind(*args, **kwargs), result)
+            return self._run_plain(func, args, kwargs, canonical.inplace)
         return result
 
     def _run_site(
@@ -235,10 +235,14 @@ class Instrumentation(nn.Module):
     ) -> Any:
         call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "fake":
-            return op.fake(site, call)
-        if system == "integer":
-            return op.integer(site, call)
-        return op.float(site, call)
+            result = op.fake(site, call)
+        elif system == "integer":
+            result = op.integer(site, call)
+        else:
+            result = op.float(site, call)
+        if self.tap is not None and result is not NotImplemented:
+            self.tap(site, call, result)
+        return result
 
     def _find_site(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
         activation = self.stack[-1]
@@ -263,17 +267,26 @@ class Instrumentation(nn.Module):
             stacklevel=2,
         )
 
-    def _run_plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_plain(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inplace: bool
+    ) -> Any:
         if self.switches.system == "integer":
-            if func == _DTYPE_GETTER and (tag := tag_of(args[0])) is not None:
-                return tag.dtype
-            if func in _IS_FLOATING_POINT and tag_of(args[0]) is not None:
-                return True
             args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
         result = func(*args, **kwargs)
-        if func in MUTATING and args and isinstance(args[0], Tensor):
+        if inplace and args and isinstance(args[0], Tensor):
             drop_tag(args[0])
         return result
+
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a question about a tensor; integers answer as the real values they stand for."""
+        if self.switches.system == "integer" and args:
+            tag = tag_of(args[0])
+            if tag is not None and func == _DTYPE_GETTER:
+                return tag.dtype
+            if tag is not None and func in _IS_FLOATING_POINT:
+                return tag.dtype.is_floating_point
+        return func(*args, **kwargs)
 
 
 def real_values(x: Tensor) -> Tensor:

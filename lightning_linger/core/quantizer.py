@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.ranges import RangeEstimator, RangeKind
@@ -83,7 +84,7 @@ class Quantizer(nn.Module):
         step = self.grid.step(self.estimator.absmax())
         if minimum is not None:
             step = torch.maximum(step, torch.as_tensor(minimum, dtype=step.dtype, device=step.device))
-        if not self.training and not torch.compiler.is_compiling():
+        if not self.training and not capturing():
             self._frozen_step = step.item()
             return self._frozen_step
         return step
@@ -154,7 +155,7 @@ class Quantizer(nn.Module):
 
 def readable(step: Scalar, x: Tensor) -> Scalar:
     """Return a CPU step as a float (the fused kernel), leave it a tensor on a GPU or in a capture."""
-    if isinstance(step, Tensor) and step.device.type == "cpu" and not torch.compiler.is_compiling():
+    if isinstance(step, Tensor) and can_read(step):
         return float(step.item()) if step.numel() == 1 else step
     return step
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_linger.core.capture import can_read
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 
 RangeKind = Literal["ema_absmax", "ema_minmax", "absmax", "minmax"]
@@ -83,7 +84,7 @@ class RangeEstimator(nn.Module):
             return
         batch = torch.stack(torch.aminmax(x)).to(self.range.dtype)
         finite = torch.isfinite(batch).all()
-        if _can_read_values(batch) and not finite.item():
+        if can_read(batch) and not finite.item():
             warnings.warn(
                 f"`{self.name}`: a batch holds NaN or infinity and is left out of the range.",
                 QuantizationWarning,
@@ -111,8 +112,3 @@ class RangeEstimator(nn.Module):
     def extra_repr(self) -> str:
         """Show the kind and the range."""
         return f"kind={self.kind!r}, range={self.range.tolist()}"
-
-
-def _can_read_values(x: Tensor) -> bool:
-    # On a GPU reading a value stalls the queue, under capture there is no value to read.
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import UnsupportedError
-from lightning_linger.core.functions import MUTATING, QUERIES, Canonical
+from lightning_linger.core.functions import Canonical
 from lightning_linger.core.graph import Node, Run, TensorSpec
 from lightning_linger.core.locations import (
     caller_location,
@@ -46,10 +46,10 @@ class Recorder:
         activation: Activation,
     ) -> Any:
         """Run one function and note it."""
-        if func in QUERIES or not takes_activations(args, kwargs):
+        if (canonical is not None and canonical.query) or not takes_activations(args, kwargs):
             return func(*args, **kwargs)
         function = getattr(func, "__name__", str(func))
-        name = canonical.op if canonical is not None else function
+        name = canonical.op if canonical is not None and canonical.op else function
         index = activation.count(name)
         key = activation.key(name, index)
         op = op_of(name)
@@ -61,7 +61,7 @@ class Recorder:
         self._note_aliases(inputs)
         if canonical is not None and canonical.swapped:
             spec_args = (spec_args[1], spec_args[0], *spec_args[2:])
-        inplace = func in MUTATING or bool(kwargs.get("inplace"))
+        inplace = bool(kwargs.get("inplace")) or (canonical is not None and canonical.inplace)
         result = func(*args, **kwargs)
         if inplace and isinstance(result, Tensor):
             if not inputs[0].constant:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_linger.core.capture import can_read
 from lightning_linger.core.config import (
     FuseMode,
     Granularity,
@@ -170,7 +171,7 @@ class Site(nn.Module):
             batch = bound_of(y, limits.output)
             moved = torch.lerp(self.output_bound, batch, EMA_WEIGHT)
             self.output_bound.copy_(torch.where(self.output_bound > 0, moved, batch))
-        elif not torch.compiler.is_compiling() and not self.output_bound.item() > 0:
+        elif can_read(self.output_bound) and not self.output_bound.item() > 0:
             return y
         return apply_bound(y, self.output_bound.to(y.dtype), limits.gradient)
 

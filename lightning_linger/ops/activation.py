@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import can_read
 from lightning_linger.core.integer import payload_dtype
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
@@ -92,7 +93,7 @@ def _on_grid(edge: float, step: Any, bits: int) -> Any:
         return None
     if edge == 0.0:
         return 0.0
-    if isinstance(step, Tensor) and (step.device.type != "cpu" or torch.compiler.is_compiling()):
+    if isinstance(step, Tensor) and not can_read(step):
         return torch.floor(edge / step + 0.5) * step
     return _edge_code(edge, float(step), bits) * float(step)
 

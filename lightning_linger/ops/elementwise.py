@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
@@ -285,7 +286,7 @@ class AddOp(_Binary):
         self, site: Site, output: Quantizer, x: Any, y: Any, step: Scalar, dtype: torch.dtype
     ) -> Tensor:
         total = _total(x, y, self.sign)
-        if site.training or torch.compiler.is_compiling():
+        if site.training or capturing():
             return output.round(total, step, dtype)
         # The integer kernel's own order of float32 operations, so that evaluation agrees with it.
         x, y = (_with_constant(v, float(step), output) for v in (x, y))
@@ -489,20 +490,31 @@ class _Saturate(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], y, *ctx.edges), None, None
 
 
+class _SaturateOutOfPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        y = torch.minimum(torch.maximum(total, low), high)
+        ctx.save_for_backward(y, low, high)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, low, high = ctx.saved_tensors
+        return grads[0] * ((y > low) & (y < high)), None, None
+
+
 def _saturated(
     total: Tensor, usable: Scalar, step: Scalar, output: Quantizer, dtype: torch.dtype
 ) -> Tensor:
-    """Saturate a sum that is on the output grid already; the sum is overwritten."""
-    low, high = output.code_bounds(usable)
-    low_edge, high_edge = low * usable, high * usable
-    if isinstance(low_edge, Tensor) or isinstance(high_edge, Tensor):
-        y = torch.minimum(
-            torch.maximum(total, torch.as_tensor(low_edge)), torch.as_tensor(high_edge)
-        )
+    """Saturate a sum that is on the output grid already; an eager CPU sum is overwritten."""
+    low, high = (code * usable for code in output.code_bounds(usable))
+    if capturing() or isinstance(usable, Tensor):
+        edges = (torch.as_tensor(edge, dtype=total.dtype, device=total.device) for edge in (low, high))
+        y = _SaturateOutOfPlace.apply(total, *edges)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and total.requires_grad:
-        y = _Saturate.apply(total, low_edge, high_edge)  # type: ignore[no-untyped-call]
+        y = _Saturate.apply(total, low, high)  # type: ignore[no-untyped-call]
     else:
-        y = total.clamp_(low_edge, high_edge)
+        y = total.clamp_(low, high)
     return with_tag(y.to(dtype), output.tag(step, dtype))
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_linger.core.capture import can_read
+
 if TYPE_CHECKING:
     from lightning_linger.core.fake_quantize import Scalar
     from lightning_linger.core.sites import Site
@@ -116,7 +118,7 @@ class _ScaledBatchNorm(torch.autograd.Function):
 
 
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read(y):
         mean, var = torch.ops.aten.batch_norm_update_stats(y, None, None, 0.0)
         return mean, var
     var, mean = torch.var_mean(y, _reduced(y), correction=0)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import fake_quantize
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
@@ -296,7 +297,7 @@ class BatchNormOp(Op):
         )
 
     def _fits_float32(self, site: Site, call: BatchNormCall, x: Tensor, bits: int) -> bool:
-        if torch.compiler.is_compiling():
+        if capturing():
             return bool(site.prepared.get("fits_float32", True))
         if "fits_float32" not in site.prepared:
             site.prepared["fits_float32"] = self._codes(site, call, x, step_of(x), bits)[3]

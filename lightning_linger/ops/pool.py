@@ -77,7 +77,7 @@ def window_counts(
     divisor: int | None,
 ) -> int | Tensor:
     """Return by how much each window's sum is divided: one number, or one per window."""
-    area = math.prod(kernel_size)
+    area = math.prod(tuple(kernel_size))
     if divisor is not None:
         return divisor
     if not ceil_mode and (count_include_pad or not any(padding)):
@@ -177,7 +177,7 @@ def integer_mean(
 ) -> Tensor:
     """Average codes over dimensions; the scale stays."""
     sums = x.double().sum(dim=list(dim), keepdim=keepdim)
-    count = math.prod(x.shape[d] for d in dim)
+    count = _count(x, dim)
     return divide(sums, count, *code_limits(bits), rounding).to(payload_dtype(bits))
 
 
@@ -342,7 +342,7 @@ class MeanOp(Op):
         tag = tag_of(x)
         if x is None or tag is None:
             return NotImplemented
-        count = math.prod(x.shape[d] for d in call.dim)
+        count = _count(x, call.dim)
         sums = _summable(x, tag).sum(dim=call.dim, keepdim=call.keepdim)
         return _averaged(site, sums, count, tag)
 
@@ -431,6 +431,13 @@ class MaxPoolOp(Op):
             site.platform_name,
         )
         return with_tag(codes, _own(tag, site))
+
+
+def _count(x: Tensor, dims: Sequence[int]) -> int:
+    count = 1
+    for d in dims:  # a generator would stop a graph capture
+        count *= x.shape[d]
+    return count
 
 
 def _summable(x: Tensor, tag: Tag) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import EXACT_FLOAT32, code_limits, payload_dtype
@@ -247,12 +248,12 @@ class WeightedOp(Op):
     def _evaluate(self, site: Site, call: Any, x: Tensor) -> Tensor:
         tag = tag_of(x)
         assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
-        if torch.compiler.is_compiling() and "weights" not in site.prepared:
+        if capturing() and "weights" not in site.prepared:
             y = self._finish(site, call, x, self._parameters(site, call, tag.step), tag.step)
             return mark_folded(y, Folded()) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag.step, tag.bits)
         weight, bias = prepared.weight, prepared.bias
-        if torch.is_grad_enabled() and call.weight.requires_grad:
+        if torch.is_grad_enabled() and call.weight.requires_grad and not capturing():
             differentiable = self._parameters(site, call, tag.step)
             weight, bias = differentiable.weight, differentiable.bias
         if prepared.exact_in_float32 or x.dtype == torch.float64:
@@ -265,7 +266,7 @@ class WeightedOp(Op):
     def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
         found: Prepared | None = site.prepared.get("weights")
         if found is not None and (
-            torch.compiler.is_compiling() or found.validity == _validity(site, call)
+            capturing() or found.validity == _validity(site, call)
         ):
             return found
         step_x = float(step_x)
@@ -393,6 +394,4 @@ def _validity(site: Site, call: Any) -> tuple[Any, ...]:
 
 def _surely_none(mask: Tensor) -> bool:
     # Reading a value would stall a GPU; there the general formula costs less.
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not mask.any().item()
+    return can_read(mask) and not mask.any().item()
