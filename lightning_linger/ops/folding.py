@@ -82,6 +82,21 @@ def running_bias(bn: Any, conv_bias: Tensor | None, factor: Tensor) -> Tensor:
     return beta_of(bn) + centre * factor
 
 
+@torch.library.custom_op("linger::snapshot", mutates_args=())
+def snapshot(x: Tensor) -> Tensor:
+    """Copy a value that depends on a buffer this forward is going to change.
+
+    A compiler's partitioner would rather recompute such a value in backward, from the changed
+    buffer; it does not look into a custom op.
+    """
+    return x.clone()
+
+
+@snapshot.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class _ScaledBatchNorm(torch.autograd.Function):
     """Batch norm of a channel-wise scaled input, with one epsilon per channel.
 

@@ -27,6 +27,7 @@ from lightning_linger.ops.folding import (
     mark_folded,
     running_bias,
     running_factor,
+    snapshot,
     uses_batch_statistics,
 )
 
@@ -179,6 +180,8 @@ class WeightedOp(Op):
     ) -> Tensor:
         with torch.no_grad():
             inv_sigma = torch.rsqrt(bn.running_var + bn.eps)
+            if capturing():
+                inv_sigma = snapshot(inv_sigma)
             factor = gamma_of(bn) * inv_sigma
             faint = factor.abs() < TINY_FACTOR
         constrained = self._constrained(
