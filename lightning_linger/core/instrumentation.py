@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_linger.core.errors import NotReadyError, QuantizationWarning
+from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import CANONICAL, Canonical
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.integer import dequantize
@@ -25,12 +26,45 @@ from lightning_linger.core.tags import drop_tag, tag_of, takes_activations, with
 
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
+EXTRA_STATE = "_extra_state"
 
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
 
-# Called after each site ran, with the site, its bound call and its result.
-Tap = Callable[[Site, Any, Any], None]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """One site has run.
+
+    Args:
+        site: The site.
+        call: Its bound call.
+        result: Its result.
+        run_float: Runs the same call, on the real values of its operands, without quantization.
+    """
+
+    site: Site
+    call: Any
+    result: Any
+    run_float: Callable[[], Any]
+
+
+Tap = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """An outermost call of an instrumented module, to be repeated in another number system."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Any:
+        """Repeat the call."""
+        return self.module(*self.args, **self.kwargs)
 
 
 class _Mode(TorchFunctionMode):
@@ -73,20 +107,32 @@ def site_key(path: str, invocation: int, op: str, index: int) -> str:
 
 
 class Frame:
-    """The hooks of one module. Bound methods, so that deepcopy and pickle carry them along."""
+    """The hooks of one module. Bound methods, so that deepcopy and pickle carry them along.
 
-    def __init__(self, instrumentation: Instrumentation, path: str) -> None:
+    Args:
+        instrumentation: Of the model.
+        path: Dotted path of the module.
+        entry: Whether a call from outside starts an instrumented forward. Losses, metrics and
+            augmentations, which have no parameters, stay outside.
+    """
+
+    def __init__(self, instrumentation: Instrumentation, path: str, entry: bool) -> None:
         self.instrumentation = instrumentation
         self.path = path
+        self.entry = entry
         self.invocations = 0
         self.sites: list[dict[str, list[Site]]] = []
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         instrumentation = self.instrumentation
         if not instrumentation.engaged:
             return
         if not instrumentation.stack:
+            if not self.entry or _is_redirected_step(module):
+                return
+            if instrumentation.calls is not None:
+                instrumentation.calls.append(ModuleCall(module, args, kwargs))
             instrumentation.begin()
         invocation = self.invocations
         self.invocations = invocation + 1
@@ -113,6 +159,7 @@ class Instrumentation(nn.Module):
         sites: The sites by key; every key of the ``state_dict`` below starts with ``_linger.``.
         graph: The recorded dataflow.
         tap: Called after each site ran, None to call nothing.
+        calls: Collects the outermost module calls, None to collect nothing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -120,6 +167,7 @@ class Instrumentation(nn.Module):
         self.switches = Switches()
         self.graph = Graph([])
         self.tap: Tap | None = None
+        self.calls: list[ModuleCall] | None = None
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
@@ -128,12 +176,14 @@ class Instrumentation(nn.Module):
         self._frames: dict[str, Frame] = {}
         self._handles: list[Any] = []
         for path, module in root.named_modules():
-            frame = Frame(self, path)
+            entry = module is root or next(module.parameters(), None) is not None
+            frame = Frame(self, path, entry)
             self._frames[path] = frame
             self._handles += [
-                module.register_forward_pre_hook(frame.enter),
+                module.register_forward_pre_hook(frame.enter, with_kwargs=True),
                 module.register_forward_hook(frame.exit, always_call=True),
             ]
+        self.register_load_state_dict_pre_hook(_keep_what_is_missing)
         self.train(root.training)
 
     @property
@@ -160,6 +210,43 @@ class Instrumentation(nn.Module):
             site.thaw()
             for quantizer in site.quantizers():
                 quantizer.thaw()
+
+    def get_extra_state(self) -> Tensor:
+        """Return what is on, and where quantizers are, as JSON in a uint8 tensor."""
+        recipe = {
+            "format": FORMAT_VERSION,
+            "fuse": self.switches.fuse,
+            "fuse_mode": self.switches.fuse_mode,
+            "normalize": self.switches.normalize,
+            "quantize": self.switches.quantize,
+            "quantizers": self._quantizer_names(),
+        }
+        return torch.tensor(list(json.dumps(recipe).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Switch on what was on, after checking that the quantizers are the same."""
+        recipe = json.loads(bytes(state.tolist()))
+        if recipe["format"] != FORMAT_VERSION:
+            msg = (
+                f"the checkpoint has format {recipe['format']} of the quantization state, this "
+                f"version reads {FORMAT_VERSION}. Load it with the version that wrote it."
+            )
+            raise ConfigError(msg)
+        here, there = set(self._quantizer_names()), set(recipe["quantizers"])
+        if there and here != there:
+            msg = (
+                "the checkpoint was quantized at other sites. Only in the checkpoint: "
+                f"{sorted(there - here)[:5]}; only in the model: {sorted(here - there)[:5]}. Use "
+                "the configuration the checkpoint was trained with."
+            )
+            raise ConfigError(msg)
+        switches = self.switches
+        switches.fuse, switches.fuse_mode = recipe["fuse"], recipe["fuse_mode"]
+        switches.normalize, switches.quantize = recipe["normalize"], recipe["quantize"]
+        self.thaw()
+
+    def _quantizer_names(self) -> list[str]:
+        return [q.name for site in self.sites for q in site.quantizers()]
 
     def detach_hooks(self) -> None:
         """Remove every hook from the model."""
@@ -219,30 +306,42 @@ class Instrumentation(nn.Module):
         system = site.system() if site is not None else None
         result = NotImplemented
         if site is not None and system is not None:
-            result = self._run_site(site, op, canonical, system, args, kwargs)
+            call = op.bind(*_in_order(args, canonical), **kwargs)
+            result = self._run_site(site, op, system, call)
         if result is NotImplemented:
-            return self._run_plain(func, args, kwargs, canonical.inplace)
+            result = self._run_plain(func, args, kwargs, canonical.inplace)
+        if self.tap is not None and site is not None:
+            self._notify(self.tap, site, canonical, func, args, kwargs, result)
         return result
 
-    def _run_site(
+    def _run_site(self, site: Site, op: Op, system: str, call: Any) -> Any:
+        if system == "fake":
+            return op.fake(site, call)
+        if system == "integer":
+            return op.integer(site, call)
+        return op.float(site, call)
+
+    def _notify(
         self,
+        tap: Tap,
         site: Site,
-        op: Op,
         canonical: Canonical,
-        system: str,
+        func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
-        call = op.bind(*_in_order(args, canonical), **kwargs)
-        if system == "fake":
-            result = op.fake(site, call)
-        elif system == "integer":
-            result = op.integer(site, call)
-        else:
-            result = op.float(site, call)
-        if self.tap is not None and result is not NotImplemented:
-            self.tap(site, call, result)
-        return result
+        result: Any,
+    ) -> None:
+        call = site.op.bind(*_in_order(args, canonical), **kwargs)
+
+        def run_float() -> Any:
+            plain = tree_map_only(Tensor, _plain_values, call)
+            found = site.op.float(site, plain)
+            if found is not NotImplemented:
+                return found
+            plain_args, plain_kwargs = tree_map_only(Tensor, _plain_values, (args, kwargs))
+            return func(*plain_args, **{**plain_kwargs, **_out_of_place(kwargs)})
+
+        tap(Event(site, call, result, run_float))
 
     def _find_site(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
         activation = self.stack[-1]
@@ -295,6 +394,37 @@ def real_values(x: Tensor) -> Tensor:
     if tag is None or x.dtype.is_floating_point:
         return x
     return dequantize(x, float(tag.step), "").to(tag.dtype)
+
+
+def _plain_values(x: Tensor) -> Tensor:
+    """Return real values without a tag, in memory of their own."""
+    if tag_of(x) is None:
+        return x
+    real = real_values(x)
+    return real.clone() if real is x else real
+
+
+def _out_of_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"inplace": False} if "inplace" in kwargs else {}
+
+
+def _is_redirected_step(module: nn.Module) -> bool:
+    # Under DDP, Lightning sends the whole `training_step` through a temporary `forward`. The model's
+    # own calls inside it start the instrumented forward, so that losses and metrics stay outside.
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
+
+
+def _keep_what_is_missing(
+    module: Instrumentation, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Let a checkpoint of an earlier stage load: what it does not know keeps its present value."""
+    recipe = state_dict.get(prefix + EXTRA_STATE)
+    if recipe is not None and json.loads(bytes(recipe.tolist()))["quantizers"]:
+        return
+    for name, value in module.state_dict().items():
+        if name != EXTRA_STATE or recipe is None:
+            state_dict.setdefault(prefix + name, value)
 
 
 def _real_with_tag(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,15 @@ class RangeEstimator(nn.Module):
         """Whether the range was given as a number and never moves."""
         return isinstance(self.kind, int | float)
 
-    def refresh(self) -> None:
-        """Read back from the buffers what is mirrored in Python, after they were loaded."""
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._known = bool(self.batches.item() > 0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RangeEstimator":
+        """Follow the model to its device, but stay float32: a range in half precision overflows."""
+        device = fn(torch.empty(0, device=self.range.device)).device
+        self.range, self.batches = self.range.to(device), self.batches.to(device)
+        return self
 
     def absmax(self) -> Tensor:
         """Return the 0-dim float32 absolute maximum of the range."""

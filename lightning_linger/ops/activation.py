@@ -77,7 +77,7 @@ class ClampOp(Op):
         step = float(tag.step)
         low, high = (_edge_code(edge, step, tag.bits) for edge in (call.low, call.high))
         codes = integer_codes(x)
-        assert codes.dtype == payload_dtype(tag.bits)  # noqa: S101 - tags state the payload
+        assert codes.dtype == payload_dtype(tag.bits)
         return with_tag(integer_clamp(codes, low, high, tag.bits, site.platform_name), tag)
 
 

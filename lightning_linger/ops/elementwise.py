@@ -370,7 +370,7 @@ class CatOp(Op):
             return NotImplemented
         step = _coarsest([step_of(x) for x in parts])
         tag = tag_of(parts[0])
-        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        assert tag is not None
         usable = readable(step, parts[0])
         limits = code_limits(tag.bits)
         rounded = [
@@ -386,7 +386,7 @@ class CatOp(Op):
             return NotImplemented
         steps = [float(step_of(x)) for x in parts]
         tag = tag_of(parts[0])
-        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        assert tag is not None
         codes = integer_cat(
             [integer_codes(x) for x in parts],
             call.dim,
@@ -465,7 +465,7 @@ def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> Any:
         codes = ROUNDINGS[grid.rounding](value / step).clamp(grid.qmin, grid.qmax)
         return codes * step
     tag = tag_of(value)
-    assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+    assert tag is not None
     if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step, value) == step:
         return value
     return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding)

@@ -27,6 +27,7 @@ class Folded:
 
     Args:
         site: The layer's site; None if nothing is left to do.
+        dtype: The dtype the model expects of the result.
         scale: ``[C]``, what each output channel of the convolution was multiplied with.
         conv_bias: The layer's own bias, which batch statistics cancel.
         silent: ``[C]``, channels whose quantized folded weight vanished: they give ``beta`` and
@@ -37,6 +38,7 @@ class Folded:
     """
 
     site: Site | None = None
+    dtype: torch.dtype = torch.float32
     scale: Tensor | None = None
     conv_bias: Tensor | None = None
     silent: Tensor | None = None
@@ -61,24 +63,30 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training
 
 
+def full(x: Tensor) -> Tensor:
+    """Return a half-precision tensor in float32, any other as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def gamma_of(bn: Any) -> Tensor:
     """Return the weight of a batch norm, ones if it is not affine."""
-    return bn.weight if bn.weight is not None else torch.ones_like(bn.running_var)
+    return full(bn.weight if bn.weight is not None else torch.ones_like(bn.running_var))
 
 
 def beta_of(bn: Any) -> Tensor:
     """Return the bias of a batch norm, zeros if it is not affine."""
-    return bn.bias if bn.bias is not None else torch.zeros_like(bn.running_mean)
+    return full(bn.bias if bn.bias is not None else torch.zeros_like(bn.running_mean))
 
 
 def running_factor(bn: Any) -> Tensor:
     """Return ``gamma / sigma`` with the running variance, ``[C]``."""
-    return gamma_of(bn) * torch.rsqrt(bn.running_var + bn.eps)
+    return gamma_of(bn) * torch.rsqrt(full(bn.running_var) + bn.eps)
 
 
 def running_bias(bn: Any, conv_bias: Tensor | None, factor: Tensor) -> Tensor:
     """Return the bias of the folded layer with the running mean, ``[C]``."""
-    centre = -bn.running_mean if conv_bias is None else conv_bias - bn.running_mean
+    mean = full(bn.running_mean)
+    centre = -mean if conv_bias is None else full(conv_bias) - mean
     return beta_of(bn) + centre * factor
 
 

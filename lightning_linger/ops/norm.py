@@ -18,13 +18,14 @@ from lightning_linger.core.integer import (
 from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes, step_of
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.conv import finish_accumulator
 from lightning_linger.ops.folding import (
     Folded,
     batch_statistics,
     folded_of,
+    full,
     normalize_scaled,
     update_running,
 )
@@ -129,7 +130,8 @@ class BatchNormOp(Op):
         alpha, beta = self._affine(call)
         alpha = limited(alpha, limits.weight, limits.gradient)
         beta = limited(beta, limits.bias, limits.gradient)
-        return finish(site, _scale_shift(call.input, alpha, beta), None, quantized=False)
+        y = _scale_shift(call.input, alpha, beta)
+        return finish(site, y, None, quantized=False, dtype=call.input.dtype)
 
     def fake(self, site: Site, call: BatchNormCall) -> Any:
         """Complete a folded layer, or scale and shift on the grid."""
@@ -138,19 +140,18 @@ class BatchNormOp(Op):
             return self._complete(call, folded)
         with torch.autocast(call.input.device.type, enabled=False):
             x = site.operand(0, call.input)
-            if x is None:
-                return NotImplemented
-            step_x = step_of(x)
             tag = tag_of(x)
-            assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+            if x is None or tag is None:
+                return NotImplemented
+            x, step_x = full(x), tag.step
             alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
             product = step_x * step_a
             values = x
-            if not site.training and not self._fits_float32(site, call, x, tag.bits):
+            if not site.training and not self._fits_float32(site, call, x, tag):
                 values, alpha, beta = x.double(), alpha.double(), beta.double()
             y = _scale_shift(values, alpha, beta)
             widest = product.amax() if isinstance(product, Tensor) else product
-            return finish(site, y, widest, True, x.dtype)
+            return finish(site, y, widest, True, tag.dtype)
 
     def integer(self, site: Site, call: BatchNormCall) -> Any:
         """Scale and shift codes."""
@@ -160,7 +161,7 @@ class BatchNormOp(Op):
         if x is None:
             return NotImplemented
         tag = tag_of(x)
-        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        assert tag is not None
         codes, bias_codes, steps, exact = self._codes(site, call, x, tag.step, tag.bits)
         output = site.output
         product = float(tag.step) * max(steps)
@@ -205,8 +206,8 @@ class BatchNormOp(Op):
         if folded.statistics is not None:
             statistics = folded.statistics
         else:
-            gamma = call.weight if call.weight is not None else y.new_ones(y.shape[1])
-            beta = call.bias if call.bias is not None else torch.zeros_like(gamma)
+            gamma = full(call.weight) if call.weight is not None else y.new_ones(y.shape[1])
+            beta = full(call.bias) if call.bias is not None else torch.zeros_like(gamma)
             y, mean, var = normalize_scaled(
                 y, folded, gamma, self._limited_bias(site, call, folded, gamma, beta), call.eps
             )
@@ -220,7 +221,7 @@ class BatchNormOp(Op):
                 count,
                 call.momentum,
             )
-        return finish(site, y, folded.product, folded.quantized)
+        return finish(site, y, folded.product, folded.quantized, folded.dtype)
 
     def _limited_bias(
         self, site: Site, call: BatchNormCall, folded: Folded, gamma: Tensor, beta: Tensor
@@ -229,7 +230,7 @@ class BatchNormOp(Op):
         limits = site.active_limits
         if limits is None or limits.bias is None or call.running_mean is None:
             return beta
-        assert call.running_var is not None  # noqa: S101 - comes with the running mean
+        assert call.running_var is not None
         factor = gamma * torch.rsqrt(call.running_var + call.eps)
         centre = -call.running_mean if folded.conv_bias is None else folded.conv_bias - call.running_mean
         bias = beta + centre * factor
@@ -246,14 +247,14 @@ class BatchNormOp(Op):
                     call.running_mean, call.running_var, (mean, var), None, count, call.momentum
                 )
         else:
-            assert call.running_mean is not None  # noqa: S101 - see `obstacle`
-            assert call.running_var is not None  # noqa: S101 - see `obstacle`
-            mean, var = call.running_mean, call.running_var
+            assert call.running_mean is not None
+            assert call.running_var is not None
+            mean, var = full(call.running_mean), full(call.running_var)
         alpha = torch.rsqrt(var + call.eps)
         if call.weight is not None:
-            alpha = alpha * call.weight
+            alpha = alpha * full(call.weight)
         beta = -mean * alpha
-        return alpha, beta if call.bias is None else beta + call.bias
+        return alpha, beta if call.bias is None else beta + full(call.bias)
 
     def _quantized_affine(
         self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any
@@ -264,8 +265,8 @@ class BatchNormOp(Op):
             alpha = limited(alpha, limits.weight, limits.gradient)
             beta = limited(beta, limits.bias, limits.gradient)
         grid = site.weight_grid
-        assert grid is not None  # noqa: S101 - a quantized batch norm has one
-        assert site.config is not None  # noqa: S101 - it is quantized
+        assert grid is not None
+        assert site.config is not None
         absmax = alpha.detach().abs().float()
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
         alpha = fake_quantize(alpha, readable(step_a, alpha), grid.qmin, grid.qmax, grid.rounding)
@@ -296,11 +297,11 @@ class BatchNormOp(Op):
             bound < EXACT_FLOAT32,
         )
 
-    def _fits_float32(self, site: Site, call: BatchNormCall, x: Tensor, bits: int) -> bool:
+    def _fits_float32(self, site: Site, call: BatchNormCall, x: Tensor, tag: Tag) -> bool:
         if capturing():
             return bool(site.prepared.get("fits_float32", True))
         if "fits_float32" not in site.prepared:
-            site.prepared["fits_float32"] = self._codes(site, call, x, step_of(x), bits)[3]
+            site.prepared["fits_float32"] = self._codes(site, call, x, tag.step, tag.bits)[3]
         return bool(site.prepared["fits_float32"])
 
 

@@ -16,13 +16,14 @@ from lightning_linger.core.integer import EXACT_FLOAT32, code_limits, payload_dt
 from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
     TINY_FACTOR,
     Folded,
     batch_statistics,
     beta_of,
+    full,
     gamma_of,
     mark_folded,
     running_bias,
@@ -102,7 +103,10 @@ class WeightedOp(Op):
 
     def float(self, site: Site, call: Any) -> Tensor:
         """Run folded and limited, not quantized."""
-        return self._run(site, call, call.input, None)
+        if site.active_fold is None:
+            return self._run(site, call, call.input, None, call.input.dtype)
+        with torch.autocast(call.input.device.type, enabled=False):
+            return self._run(site, call, full(call.input), None, call.input.dtype)
 
     def fake(self, site: Site, call: Any) -> Tensor:
         """Run on the integer grid in floating point."""
@@ -110,11 +114,11 @@ class WeightedOp(Op):
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
-            if x.dtype in (torch.float16, torch.bfloat16):
-                x = with_tag(x.float(), tag_of(x))  # type: ignore[arg-type]
+            tag = tag_of(x)
+            assert tag is not None  # `operand` returns tagged tensors
             if site.training:
-                return self._run(site, call, x, step_of(x))
-            return self._evaluate(site, call, x)
+                return self._run(site, call, full(x), tag.step, tag.dtype)
+            return self._evaluate(site, call, full(x), tag)
 
     def integer(self, site: Site, call: Any) -> Tensor:
         """Run on the integers."""
@@ -122,7 +126,7 @@ class WeightedOp(Op):
         if x is None:
             return NotImplemented
         tag = tag_of(x)
-        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+        assert tag is not None
         prepared = self._prepare(site, call, float(tag.step), tag.bits)
         result = self._integer_result(site, prepared, tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
@@ -132,21 +136,32 @@ class WeightedOp(Op):
 
     # --- training ---------------------------------------------------------------------------
 
-    def _run(self, site: Site, call: Any, x: Tensor, step_x: Scalar | None) -> Tensor:
+    def _run(
+        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
+    ) -> Tensor:
         bn: Any = site.active_fold
         if bn is None or not (uses_batch_statistics(bn) and site.switches.fuse_mode != "frozen"):
             parameters = self._parameters(site, call, step_x)
-            y = self._finish(site, call, x, parameters, step_x)
+            y = self._finish(site, call, x, parameters, step_x, dtype)
             return mark_folded(y, Folded()) if bn is not None else y
         if site.switches.fuse_mode == "batch":
-            return self._run_batch_folded(site, call, x, step_x, bn)
-        return self._run_scaled(site, call, x, step_x, bn)
+            return self._run_batch_folded(site, call, x, step_x, dtype)
+        return self._run_scaled(site, call, x, step_x, dtype)
 
     def _finish(
-        self, site: Site, call: Any, x: Tensor, parameters: Parameters, step_x: Scalar | None
+        self,
+        site: Site,
+        call: Any,
+        x: Tensor,
+        parameters: Parameters,
+        step_x: Scalar | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         y = self.apply(call, x, parameters.weight, parameters.bias)
-        return finish(site, y, self._product(step_x, parameters.step), step_x is not None)
+        quantized = step_x is not None
+        # Without quantization or folding autocast may be on, and decides the dtype.
+        wanted = dtype if quantized or site.active_fold is not None else y.dtype
+        return finish(site, y, self._product(step_x, parameters.step), quantized, wanted)
 
     def _product(self, step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
         """Return the (coarsest) step of the accumulator."""
@@ -156,19 +171,20 @@ class WeightedOp(Op):
         return product.amax() if isinstance(product, Tensor) else product
 
     def _run_batch_folded(
-        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, bn: Any
+        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
     ) -> Tensor:
-        plain = self.apply(call, x, call.weight, None)
+        bn: Any = site.active_fold
+        plain = self.apply(call, x, full(call.weight), None)
         mean, var = batch_statistics(plain)
         factor = gamma_of(bn) * torch.rsqrt(var + bn.eps)
         bias = beta_of(bn) - mean * factor
-        parameters = self._constrained(
-            site, call, call.weight * self.per_channel(call, factor), bias, step_x
-        )
+        weight = full(call.weight) * self.per_channel(call, factor)
+        parameters = self._constrained(site, call, weight, bias, step_x)
         y = self.apply(call, x, parameters.weight, parameters.bias)
         folded = Folded(
             site=site,
             conv_bias=call.bias,
+            dtype=dtype,
             statistics=(mean.detach(), var.detach()),
             product=self._product(step_x, parameters.step),
             quantized=step_x is not None,
@@ -176,17 +192,18 @@ class WeightedOp(Op):
         return mark_folded(y, folded)
 
     def _run_scaled(
-        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, bn: Any
+        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
     ) -> Tensor:
+        bn: Any = site.active_fold
         with torch.no_grad():
-            inv_sigma = torch.rsqrt(bn.running_var + bn.eps)
+            inv_sigma = torch.rsqrt(full(bn.running_var) + bn.eps)
             if capturing():
                 inv_sigma = snapshot(inv_sigma)
             factor = gamma_of(bn) * inv_sigma
             faint = factor.abs() < TINY_FACTOR
-        constrained = self._constrained(
-            site, call, call.weight * self.per_channel(call, factor), None, step_x
-        )
+        own_weight = full(call.weight)
+        scaled = own_weight * self.per_channel(call, factor)
+        constrained = self._constrained(site, call, scaled, None, step_x)
         silent = None
         if step_x is not None:
             faint = faint | (self.channel_reduce(call, constrained.weight.detach(), "amax") == 0)
@@ -194,11 +211,12 @@ class WeightedOp(Op):
         scale = torch.where(faint, inv_sigma, factor)
         weight = constrained.weight
         if not _surely_none(faint):
-            unfolded = call.weight * self.per_channel(call, inv_sigma)
+            unfolded = own_weight * self.per_channel(call, inv_sigma)
             weight = torch.where(self.per_channel(call, faint), unfolded, weight)
         y = self.apply(call, x, weight, None)
         folded = Folded(
             site=site,
+            dtype=dtype,
             scale=scale,
             conv_bias=call.bias,
             silent=silent,
@@ -210,7 +228,8 @@ class WeightedOp(Op):
     # --- parameters -------------------------------------------------------------------------
 
     def _parameters(self, site: Site, call: Any, step_x: Scalar | None) -> Parameters:
-        weight, bias = call.weight, call.bias
+        weight = full(call.weight)
+        bias = None if call.bias is None else full(call.bias)
         bn: Any = site.active_fold
         if bn is not None:
             factor = running_factor(bn)
@@ -248,11 +267,10 @@ class WeightedOp(Op):
 
     # --- evaluation -------------------------------------------------------------------------
 
-    def _evaluate(self, site: Site, call: Any, x: Tensor) -> Tensor:
-        tag = tag_of(x)
-        assert tag is not None  # noqa: S101 - `operand` returns tagged tensors
+    def _evaluate(self, site: Site, call: Any, x: Tensor, tag: Tag) -> Tensor:
         if capturing() and "weights" not in site.prepared:
-            y = self._finish(site, call, x, self._parameters(site, call, tag.step), tag.step)
+            parameters = self._parameters(site, call, tag.step)
+            y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, Folded()) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag.step, tag.bits)
         weight, bias = prepared.weight, prepared.bias
@@ -263,7 +281,7 @@ class WeightedOp(Op):
             y = self.apply(call, x, weight, bias)
         else:
             y = self.apply(call, x.double(), weight.double(), None if bias is None else bias.double())
-        y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, x.dtype)
+        y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
         return mark_folded(y, Folded()) if site.active_fold is not None else y
 
     def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
@@ -355,7 +373,7 @@ def finish(
     y: Tensor,
     product: Scalar | None,
     quantized: bool,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Limit and quantize the result of a layer.
 
@@ -364,16 +382,16 @@ def finish(
         y: Its result, float64 where float32 could not hold the accumulator.
         product: Step of the accumulator, None if not quantized.
         quantized: Whether the layer is quantized now.
-        dtype: The dtype the model expects; None keeps that of ``y``.
+        dtype: The dtype the model expects.
     """
     limits = site.active_limits
     static = limits is not None and limits.output is not None and limits.output.kind == "static"
     if not (quantized and site.output is not None and static):
         y = site.limit_output(y)
     if not quantized:
-        return y
+        return y.to(dtype)
     if site.output is None:
-        y = y if dtype is None else y.to(dtype)
+        y = y.to(dtype)
         if site.config is not None and site.config.output_bits == 32 and product is not None:
             return with_tag(y, Tag(product, 32, site.key, y.dtype))
         return y
@@ -381,7 +399,7 @@ def finish(
     if site.learning:
         site.output.observe(y, cap)
     step = site.output.step(minimum_step(site, product))
-    return site.output.round(y, step, dtype or y.dtype)
+    return site.output.round(y, step, dtype)
 
 
 def _validity(site: Site, call: Any) -> tuple[Any, ...]:
