@@ -13,6 +13,7 @@ from lightning_linger.core.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
+from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.fuse_bn import fuse_bn
@@ -25,6 +26,7 @@ from lightning_linger.stages.selection import (
     normalize_module,
     quant_module,
 )
+from lightning_linger.stages.summary import summary
 
 __all__ = [
     "ConfigError",
@@ -41,12 +43,15 @@ __all__ = [
     "calibrate",
     "disable_normalize",
     "disable_quant",
+    "divergence",
     "fuse_bn",
     "integer",
     "normalize",
     "normalize_module",
     "prepare",
+    "quant_error",
     "quant_module",
     "quantize",
     "strip",
+    "summary",
 ]

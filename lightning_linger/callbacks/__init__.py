@@ -1,0 +1,15 @@
+"""The Lightning face of the library: thin callbacks, each a schedule over a stage."""
+
+from lightning_linger.callbacks.fuse_bn import FuseBNCallback
+from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
+from lightning_linger.callbacks.normalize import NormalizeCallback
+from lightning_linger.callbacks.quant_error import QuantErrorCallback
+from lightning_linger.callbacks.quantize import QuantizeCallback
+
+__all__ = [
+    "FuseBNCallback",
+    "IntegerValidatorCallback",
+    "NormalizeCallback",
+    "QuantErrorCallback",
+    "QuantizeCallback",
+]

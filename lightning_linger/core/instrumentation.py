@@ -172,6 +172,8 @@ class Instrumentation(nn.Module):
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
         self._mode = _Mode(self)
+        # What the callbacks planned with, to recognise a model that is set up already.
+        self.plans: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._frames: dict[str, Frame] = {}
         self._handles: list[Any] = []

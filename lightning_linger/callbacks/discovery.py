@@ -1,0 +1,128 @@
+"""Running the model once before training, without a trace, to find its sites."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_linger.callbacks._compat import misconfiguration
+from lightning_linger.core.instrumentation import is_prepared
+from lightning_linger.stages.prepare import check_example, no_trace, prepare_by
+
+_HINT = (
+    "HINT: set `self.example_input_array` (a tensor, a tuple of positional or a dict of keyword "
+    "inputs of `forward`) in the LightningModule."
+)
+
+
+def prepare_module(trainer: Any, module: Any, stage: str) -> None:
+    """Find the sites of a LightningModule from ``example_input_array`` or the first batch."""
+    if is_prepared(module):
+        return
+    example = getattr(module, "example_input_array", None)
+    if example is not None:
+        check_example(example)
+        with _silent(module):
+            prepare_by(module, lambda: _forward(module, example))
+        return
+    if not module.automatic_optimization:
+        msg = (
+            "With manual optimization the sites cannot be found by running `training_step`. " + _HINT
+        )
+        raise misconfiguration(msg)
+    with no_trace(module):
+        batch = _first_batch(trainer, module, stage)
+    check_example(batch)
+    step = _step(module, stage)
+    with _silent(module):
+        prepare_by(module, lambda: _run_step(step, batch))
+
+
+def _forward(module: nn.Module, example: Any) -> Any:
+    if isinstance(example, dict):
+        return module(**example)
+    if isinstance(example, tuple):
+        return module(*example)
+    return module(example)
+
+
+def _step(module: Any, stage: str) -> Callable[..., Any]:
+    names = {"fit": "training_step", "validate": "validation_step", "test": "test_step"}
+    step: Callable[..., Any] = getattr(module, names.get(stage, "predict_step"))
+    return step
+
+
+def _run_step(step: Callable[..., Any], batch: Any) -> Any:
+    takes_index = len(inspect.signature(step).parameters) > 1
+    return step(batch, 0) if takes_index else step(batch)
+
+
+def _first_batch(trainer: Any, module: Any, stage: str) -> Any:
+    loader = _loader(trainer, stage)
+    iterator = iter(loader)
+    if iterator is loader:
+        msg = (
+            "The data loader is a one-shot stream: reading an example batch from it would lose the "
+            "batch. " + _HINT
+        )
+        raise misconfiguration(msg)
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        msg = "The data loader gave no batch to find the sites with. " + _HINT
+        raise misconfiguration(msg) from None
+    return module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
+
+
+def _loader(trainer: Any, stage: str) -> Any:
+    loops = {
+        "fit": lambda: trainer.fit_loop,
+        "validate": lambda: trainer.validate_loop,
+        "test": lambda: trainer.test_loop,
+        "predict": lambda: trainer.predict_loop,
+    }
+    source = loops[stage]()._data_source
+    if not source.is_defined():
+        msg = f"No data loader to take an example batch from in stage {stage!r}. " + _HINT
+        raise misconfiguration(msg)
+    loader = source.dataloader()
+    if stage != "fit" and isinstance(loader, list | tuple):
+        loader = loader[0]
+    return loader
+
+
+@contextlib.contextmanager
+def _silent(module: Any) -> Iterator[None]:
+    """Swallow logging and put torchmetrics back, so that a step leaves no trace."""
+    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+    states = [_metric_state(metric) for metric in metrics]
+    names = ("log", "log_dict")
+    for name in names:
+        module.__dict__[name] = _ignore
+    try:
+        yield
+    finally:
+        for name in names:
+            module.__dict__.pop(name, None)
+        for metric, state in zip(metrics, states, strict=True):
+            metric.__dict__.update(state)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Log nothing."""
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
+    return {name: _copied(metric.__dict__[name]) for name in names if name in metric.__dict__}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+

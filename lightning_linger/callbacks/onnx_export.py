@@ -1,0 +1,193 @@
+"""Exporting to ONNX at the end of fit or at set epochs."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_linger.callbacks._compat import Callback, misconfiguration
+from lightning_linger.core.errors import ConfigError, QuantizationWarning
+from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
+from lightning_linger.export import DIALECTS, export_onnx
+from lightning_linger.simulate.integer import integer
+
+
+class ONNXExportCallback(Callback):  # type: ignore[misc]
+    """Writes the model in training to an ONNX file, and leaves it as it was.
+
+    The file is written by rank 0, atomically. A ``qdq`` file of a quantized model is then run in
+    onnxruntime, if that is installed, and a ``linger`` file in the integer runner; any element that
+    differs from the integer forward is reported in a warning and in ``mismatches``.
+
+    Args:
+        path: Of the file; ``{epoch}`` in it is replaced by the epoch.
+        dialect: ``linger`` (thinker engine) or ``qdq`` (onnxruntime and whatever reads QDQ).
+        at_epoch: Export at the end of this epoch, or of each of these; None exports at the end of
+            fit.
+        verify: Whether to run the exported file.
+
+    Attributes:
+        exported: The files written so far.
+        mismatches: Elements of the last verified file that differ from the integer forward; None
+            if it was not verified.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dialect: str = "linger",
+        at_epoch: int | list[int] | None = None,
+        verify: bool = True,
+    ) -> None:
+        super().__init__()
+        if dialect not in DIALECTS:
+            msg = f"`dialect` must be one of {sorted(DIALECTS)}. Found: {dialect!r}."
+            raise ConfigError(msg)
+        epochs = [at_epoch] if isinstance(at_epoch, int) else at_epoch
+        if epochs is not None and any(not isinstance(e, int) or e < 0 for e in epochs):
+            msg = f"`at_epoch` holds non-negative integers. Found: {at_epoch!r}."
+            raise ConfigError(msg)
+        if epochs is not None and len(epochs) > 1 and "{epoch}" not in str(path):
+            msg = f"exports of several epochs need '{{epoch}}' in `path`. Found: {str(path)!r}."
+            raise ConfigError(msg)
+        self.path = str(path)
+        self.dialect = dialect
+        self.epochs = epochs
+        self.verify = verify
+        self.exported: list[Path] = []
+        self.mismatches: int | None = None
+        self._example: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check early that the file can be written."""
+        if stage != "fit":
+            return
+        folder = Path(self.path.format(epoch=0)).resolve().parent
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        if not _writable(existing):
+            msg = f"ONNXExportCallback cannot write to {folder}. HINT: choose another `path`."
+            raise misconfiguration(msg)
+        last = trainer.max_epochs
+        late = [e for e in self.epochs or () if last is not None and 0 <= last <= e]
+        if late:
+            msg = (
+                f"ONNXExportCallback(at_epoch={late}) never runs with max_epochs={last}. HINT: "
+                f"epochs count from 0, the last one is {last - 1}."
+            )
+            raise misconfiguration(msg)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the inputs of the first forward."""
+        if self._example is None and is_prepared(pl_module):
+            instrumentation_of(pl_module).calls = []
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the noted inputs as the example."""
+        if self._example is None and is_prepared(pl_module):
+            calls = instrumentation_of(pl_module).calls
+            if calls:
+                call = calls[0]
+                args, kwargs = tree_map_only(Tensor, torch.clone, (call.args, call.kwargs))
+                self._example = (call.module, args, kwargs)
+                instrumentation_of(pl_module).calls = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Export at the set epochs."""
+        if self.epochs is not None and trainer.current_epoch in self.epochs:
+            self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Export at the end."""
+        if self.epochs is None:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Any, module: Any) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            target, args, kwargs = self._inputs(module)
+            path = Path(self.path.format(epoch=trainer.current_epoch))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = export_onnx(target, args, path, self.dialect, kwargs)
+            self.exported.append(written)
+            self.mismatches = None
+            if self.verify and is_prepared(module) and module._linger.switches.quantize:
+                self.mismatches = self._verify(target, args, kwargs, written)
+        trainer.strategy.barrier("linger_onnx_export")
+
+    def _inputs(self, module: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        example = getattr(module, "example_input_array", None)
+        target: nn.Module = module
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if example is not None:
+            if isinstance(example, dict):
+                kwargs = example
+            else:
+                args = example if isinstance(example, tuple) else (example,)
+        elif self._example is not None:
+            target, args, kwargs = self._example
+            if target is not module:
+                target = _Part(module, target)
+        else:
+            msg = (
+                "ONNXExportCallback has seen no forward to take example inputs from. HINT: set "
+                "`self.example_input_array` in the LightningModule."
+            )
+            raise misconfiguration(msg)
+        device = module.device
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
+        return target, args, kwargs
+
+    def _verify(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path
+    ) -> int | None:
+        if self.dialect == "qdq" and importlib.util.find_spec("onnxruntime") is None:
+            return None
+        training = target.training
+        target.eval()
+        try:
+            with torch.no_grad(), integer(target):
+                expected = [x for x in tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+        finally:
+            target.train(training)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found = DIALECTS[self.dialect].run(path, [x.cpu().numpy() for x in inputs])
+        mismatches = sum(
+            int((x.cpu() != torch.from_numpy(y)).sum()) for x, y in zip(expected, found, strict=True)
+        )
+        if mismatches:
+            warnings.warn(
+                f"{path}: {mismatches} output elements differ from the integer forward. "
+                "`linger.divergence` and the platform of QuantizeCallback tell where: a "
+                "qdq file is exact for platform='onnxruntime'.",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+        return mismatches
+
+
+class _Part(nn.Module):
+    """A submodule that is called on its own, with the quantization state of the whole model."""
+
+    def __init__(self, root: nn.Module, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+        setattr(self, STATE_NAME, getattr(root, STATE_NAME))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(*args, **kwargs)
+
+
+def _writable(folder: Path) -> bool:
+    import os
+
+    return os.access(folder, os.W_OK)

@@ -1,0 +1,124 @@
+"""Quantization-aware training, on a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_linger.callbacks.schedule import Condition
+from lightning_linger.callbacks.stage import StageCallback
+from lightning_linger.core.config import Granularity, QuantConfig
+from lightning_linger.core.errors import QuantizationWarning
+from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.rounding import Rounding
+from lightning_linger.platforms import platform_of
+from lightning_linger.stages.quantize import plan_quantize, switch_quantize
+from lightning_linger.stages.summary import float_sites
+
+
+class QuantizeCallback(StageCallback):
+    """Trains the model as the chip will run it.
+
+    Args:
+        at_epoch: First epoch with quantization on; 0 by default.
+        at_step: First step, instead.
+        when: A condition, instead.
+        end_epoch: First epoch with quantization off again.
+        platform: Name of the target.
+        weight_bits: Width of weights.
+        activation_bits: Width of inputs.
+        output_bits: Width of outputs; None for float results.
+        bias_bits: Width of biases.
+        scale: ``power_of_two`` or ``free``; None takes the platform's.
+        granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        rounding: None takes the platform's.
+        range: Range estimator of activations, or a fixed range.
+        ahead_conv_relu: Let a convolution before a ReLU use its codes for the positive side.
+        ahead_bn_relu: The same behind a batch norm.
+        ahead_linear_relu: The same for a linear layer.
+        strict_platform: Make what the engine cannot run an error at set-up.
+        types: Allow-list of module types or op kinds.
+        modules: Globs on dotted paths.
+        overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
+    """
+
+    order = 2
+
+    def __init__(
+        self,
+        at_epoch: int | None = None,
+        at_step: int | None = None,
+        when: Condition | None = None,
+        end_epoch: int | None = None,
+        platform: str = "venusa",
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        output_bits: int | None = 8,
+        bias_bits: int = 32,
+        scale: ScaleKind | None = None,
+        granularity: Granularity | None = None,
+        rounding: Rounding | None = None,
+        range: str | float = "ema_absmax",
+        ahead_conv_relu: bool = True,
+        ahead_bn_relu: bool = True,
+        ahead_linear_relu: bool = True,
+        strict_platform: bool = False,
+        types: Sequence[type[nn.Module] | str] | None = None,
+        modules: Sequence[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        super().__init__(at_epoch, at_step, when, end_epoch)
+        self.config = QuantConfig(
+            platform=platform_of(platform).name,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            output_bits=output_bits,
+            bias_bits=bias_bits,
+            scale=scale,
+            granularity=granularity,
+            rounding=rounding,
+            range=range,
+            ahead_conv_relu=ahead_conv_relu,
+            ahead_bn_relu=ahead_bn_relu,
+            ahead_linear_relu=ahead_linear_relu,
+            strict_platform=strict_platform,
+        )
+        self.types = types
+        self.modules = modules
+        self.overrides = overrides
+
+    def plan(self, module: Any) -> None:
+        """Create the quantizers, and say once what stays float."""
+        plan_quantize(module, self.config, self.types, self.modules, self.overrides)
+        left = float_sites(module)
+        if left:
+            shown = ", ".join(f"`{site.key}` ({site.why_float})" for site in left[:5])
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            warnings.warn(
+                f"{len(left)} sites stay float: {shown}{more}. `print(linger.summary(model))` lists "
+                "them all.",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+
+    def is_on(self, module: Any) -> bool:
+        """Return whether quantization is on."""
+        return instrumentation_of(module).switches.quantize
+
+    def switch(self, module: Any, on: bool) -> None:
+        """Switch quantization."""
+        switch_quantize(module, on)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the plan depends on."""
+        return {
+            **dataclasses.asdict(self.config),
+            "types": self.types,
+            "modules": self.modules,
+            "overrides": self.overrides,
+        }

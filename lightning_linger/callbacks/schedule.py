@@ -1,0 +1,76 @@
+"""When a stage is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_linger.core.errors import ConfigError
+
+Condition = Callable[[Any, Any], bool]
+
+
+class Schedule:
+    """A stage starts at an epoch, a step, or when a condition first holds, and may end again.
+
+    Args:
+        at_epoch: First epoch in which the stage is on, from 0. The default if nothing is given.
+        at_step: First optimizer step (``trainer.global_step``) before which the stage switches on.
+        when: Called with the trainer and the module at the start of every epoch; once it returns
+            True the stage is on.
+        end_epoch: First epoch in which the stage is off again; None keeps it on.
+    """
+
+    def __init__(
+        self,
+        at_epoch: int | None = None,
+        at_step: int | None = None,
+        when: Condition | None = None,
+        end_epoch: int | None = None,
+    ) -> None:
+        given = [name for name, value in self._named(at_epoch, at_step, when) if value is not None]
+        if len(given) > 1:
+            msg = f"give one of `at_epoch`, `at_step` and `when`. Found: {given}."
+            raise ConfigError(msg)
+        for name, value in (("at_epoch", at_epoch), ("at_step", at_step), ("end_epoch", end_epoch)):
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 0
+            ):
+                msg = f"`{name}` must be a non-negative integer. Found: {value!r}."
+                raise ConfigError(msg)
+        self.at_epoch = 0 if not given else at_epoch
+        self.at_step = at_step
+        self.when = when
+        self.end_epoch = end_epoch
+        if end_epoch is not None and self.at_epoch is not None and end_epoch <= self.at_epoch:
+            msg = (
+                f"`end_epoch` ({end_epoch}) must come after `at_epoch` ({self.at_epoch}): the stage "
+                "would never be on."
+            )
+            raise ConfigError(msg)
+
+    @staticmethod
+    def _named(
+        at_epoch: int | None, at_step: int | None, when: Condition | None
+    ) -> tuple[tuple[str, Any], ...]:
+        return ("at_epoch", at_epoch), ("at_step", at_step), ("when", when)
+
+    def is_on(self, trainer: Any, module: Any, on: bool) -> bool:
+        """Return whether the stage should be on now, given whether it is."""
+        if trainer.fast_dev_run:
+            return True
+        if self.end_epoch is not None and trainer.current_epoch >= self.end_epoch:
+            return False
+        if self.at_epoch is not None:
+            return bool(trainer.current_epoch >= self.at_epoch)
+        if on:
+            return True
+        if self.at_step is not None:
+            return bool(trainer.global_step >= self.at_step)
+        return self.when is not None and bool(self.when(trainer, module))
+
+    def __str__(self) -> str:
+        """Describe the start."""
+        if self.at_epoch is not None:
+            return f"at_epoch={self.at_epoch}"
+        return f"at_step={self.at_step}" if self.at_step is not None else "when=..."

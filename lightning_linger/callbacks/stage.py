@@ -1,0 +1,126 @@
+"""What the stage callbacks share: one set-up for all of them, and a schedule each."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lightning_linger.callbacks._compat import Callback, misconfiguration
+from lightning_linger.callbacks.discovery import prepare_module
+from lightning_linger.callbacks.schedule import Condition, Schedule
+from lightning_linger.core.instrumentation import instrumentation_of
+
+
+class StageCallback(Callback):  # type: ignore[misc]
+    """Plans its stage when the run is set up and switches it by a schedule.
+
+    Sites, quantizers and limits are all created in ``setup``, before optimizers exist; a switch in
+    the middle of the run adds and removes nothing.
+    """
+
+    # Stages build on each other in this order.
+    order: ClassVar[int]
+
+    def __init__(
+        self,
+        at_epoch: int | None,
+        at_step: int | None,
+        when: Condition | None,
+        end_epoch: int | None,
+    ) -> None:
+        super().__init__()
+        self.schedule = Schedule(at_epoch, at_step, when, end_epoch)
+
+    def plan(self, module: Any) -> None:
+        """Attach the stage to the prepared module without switching it on."""
+        raise NotImplementedError
+
+    def is_on(self, module: Any) -> bool:
+        """Return whether the stage is on."""
+        raise NotImplementedError
+
+    def switch(self, module: Any, on: bool) -> None:
+        """Switch the stage."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the plan depends on, to recognise a module that is planned already."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the sites and plan every stage of the trainer, once."""
+        stages = _stages(trainer)
+        if stages[0] is not self:
+            return
+        _check_order(trainer, stages)
+        if type(pl_module).configure_model is not _base_configure_model(pl_module):
+            pl_module.configure_model()
+        plans = {type(callback).__name__: callback.describe() for callback in stages}
+        prepare_module(trainer, pl_module, stage)
+        instrumentation = instrumentation_of(pl_module)
+        if instrumentation.plans == plans:
+            return
+        if instrumentation.plans is not None:
+            msg = (
+                "The model was prepared with other arguments before. Found: "
+                f"{plans}. Prepared with: {instrumentation.plans}. HINT: keep the arguments, or "
+                "call `linger.strip(model)` to start over."
+            )
+            raise misconfiguration(msg)
+        for callback in sorted(stages, key=lambda item: item.order):
+            callback.plan(pl_module)
+        instrumentation.plans = plans
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Switch by epoch or condition."""
+        self._follow_schedule(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch by step."""
+        if self.schedule.at_step is not None:
+            self._follow_schedule(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep ranges still, even for a user who validates in training mode."""
+        instrumentation_of(pl_module).switches.observing = False
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let training move the ranges again."""
+        instrumentation_of(pl_module).switches.observing = True
+
+    def _follow_schedule(self, trainer: Any, module: Any) -> None:
+        on = self.is_on(module)
+        wanted = self.schedule.is_on(trainer, module, on)
+        if wanted != on:
+            self.switch(module, wanted)
+
+
+def _stages(trainer: Any) -> list[StageCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, StageCallback)]
+
+
+def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
+    by_order: dict[int, StageCallback] = {}
+    for callback in stages:
+        if callback.order in by_order:
+            msg = f"The trainer has two {type(callback).__name__}s. HINT: keep one."
+            raise misconfiguration(msg)
+        by_order[callback.order] = callback
+    ordered = [by_order[order] for order in sorted(by_order)]
+    for early, late in zip(ordered, ordered[1:], strict=False):
+        first, second = early.schedule.at_epoch, late.schedule.at_epoch
+        if first is not None and second is not None and first > second:
+            msg = (
+                f"{type(early).__name__}({early.schedule}) cannot start after "
+                f"{type(late).__name__}({late.schedule}), which builds on it. HINT: start it at "
+                f"epoch {second} or earlier."
+            )
+            raise misconfiguration(msg)
+
+
+def _base_configure_model(module: Any) -> Any:
+    for base in type(module).__mro__:
+        if base.__name__ == "LightningModule":
+            return base.configure_model
+    return None

@@ -1,0 +1,476 @@
+"""Recording one forward of a prepared model as ONNX nodes with the integer ops kept whole.
+
+``torch.export`` records the forward, ``torch.onnx`` turns what is plain PyTorch into plain ONNX. The
+library's own ops become nodes of a private domain that carry every argument; a dialect translates
+them afterwards, with the finished graph in view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import ir
+from onnxscript.values import Op, Opset
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from lightning_linger.core.errors import (
+    ConfigError,
+    LingerError,
+    QuantizationWarning,
+    UnsupportedError,
+)
+from lightning_linger.core.instrumentation import Instrumentation
+from lightning_linger.core.locations import caller_location
+from lightning_linger.core.sites import Site
+from lightning_linger.export.schemas import TENSOR_TYPES
+
+# Domain of the nodes that stand for the library's ops until a dialect has translated them.
+CAPTURE_DOMAIN = "lightning_linger.capture"
+NAMESPACE = "linger"
+ARGUMENTS = "arguments"
+
+# Ops that bring operands to a site; a site itself is its other op.
+OPERAND_OPS = ("quantize", "requantize", "dequantize")
+
+_LABEL_MARK = "#"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One recorded forward.
+
+    Args:
+        model: The graph; the library's ops are nodes of :data:`CAPTURE_DOMAIN`.
+        sites: Site key of each label (see :class:`_Labels`).
+        live: How often each site's own op contributes to an output.
+        input_names: Of the graph's inputs, in order.
+        output_names: Of the graph's outputs, in order.
+    """
+
+    model: ir.Model
+    sites: dict[str, str]
+    live: Counter[str]
+    input_names: list[str]
+    output_names: list[str]
+
+
+def capture(
+    model: nn.Module,
+    instrumentation: Instrumentation,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opset_version: int,
+) -> Captured:
+    """Run the model once as it is, then record it.
+
+    The first run fills what evaluation derives from weights, so that it is a constant of the graph,
+    and answers the questions that the recording cannot ask: which branch the example takes.
+
+    Args:
+        model: A prepared model in evaluation mode, in the number system to record.
+        instrumentation: Its instrumentation.
+        args: Positional inputs of one forward.
+        kwargs: Keyword inputs.
+        opset_version: Of the standard ONNX domain.
+
+    Raises:
+        UnsupportedError: If the forward cannot be recorded, or a site is missing in the record.
+    """
+    forward = _Forward(model, args, kwargs)
+    with torch.no_grad():
+        example = _Watch(_Branches())
+        with example.watching(instrumentation):
+            forward.run(forward.example)
+        recording = _Watch(example.branches.replay())
+        forward.watch = recording
+        with recording.watching(instrumentation), _readable_errors("recorded"):
+            program = torch.export.export(forward, tuple(forward.example), strict=False)
+    live = _live_sites(program, example.labels, recording.labels)
+    with _readable_errors("translated to ONNX"), _quiet():
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=recording.translations(),
+            opset_version=opset_version,
+            verbose=False,
+        )
+    if translated is None:  # pragma: no cover - the typing of torch.onnx.export; dynamo returns it
+        msg = "torch.onnx.export returned nothing."
+        raise UnsupportedError(msg)
+    return Captured(
+        translated.model, recording.labels.sites, live, forward.input_names, forward.output_names
+    )
+
+
+# --- the model as a function of tensors -------------------------------------------------------
+
+
+class _Forward(nn.Module):
+    """The model as a function of the tensors among its arguments, returning a flat tuple."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.watch: _Watch | None = None
+        self._signature = inspect.signature(model.forward)
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            msg = f"`args` and `kwargs` do not fit {type(model).__name__}.forward: {error}."
+            raise ConfigError(msg) from error
+        self._bound = bound
+        paths, self._spec = tree_flatten_with_path(dict(bound.arguments))
+        self._leaves = [leaf for _, leaf in paths]
+        self.example = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        variadic = {p.name for p in self._signature.parameters.values() if p.kind in _VARIADIC}
+        self.input_names = _unique(
+            [
+                _path_name(path[1:] if _part(path[0]) in variadic and len(path) > 1 else path, "input")
+                for path, leaf in paths
+                if isinstance(leaf, Tensor)
+            ]
+        )
+        self.output_names: list[str] = []
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run under the watch, as ``torch.export`` wants it."""
+        if self.watch is None:
+            return self.run(tensors)
+        with self.watch:
+            return self.run(tensors)
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Call the model with tensors in the place of the example's."""
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        arguments: dict[str, Any] = tree_unflatten(leaves, self._spec)
+        bound = inspect.BoundArguments(self._signature, arguments)  # type: ignore[arg-type]
+        output = self.model(*bound.args, **bound.kwargs)
+        outputs = tree_flatten_with_path(output)[0]
+        for path, leaf in outputs:
+            if not isinstance(leaf, Tensor | int | float | str | type(None)):
+                msg = (
+                    f"{type(self.model).__name__}.forward returns a {type(leaf).__name__} at "
+                    f"{_path_name(path, 'output')!r}. Return tensors in tuples, lists or "
+                    "dictionaries."
+                )
+                raise UnsupportedError(msg)
+        tensors_out = [(path, leaf) for path, leaf in outputs if isinstance(leaf, Tensor)]
+        self.output_names = _unique([_path_name(path, "output") for path, _ in tensors_out])
+        if not tensors_out:
+            msg = f"{type(self.model).__name__}.forward returns no tensor, there is nothing to export."
+            raise UnsupportedError(msg)
+        return tuple(leaf for _, leaf in tensors_out)
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _path_name(path: Sequence[Any], what: str) -> str:
+    parts = [_part(key) for key in path]
+    if not parts or parts[0].isdigit():
+        parts.insert(0, what)
+    return "_".join(parts)
+
+
+def _unique(names: list[str]) -> list[str]:
+    seen: set[str] = set()
+    result = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in seen:
+            candidate, count = f"{name}_{count}", count + 1
+        seen.add(candidate)
+        result.append(candidate)
+    return result
+
+
+# --- what a recording has to watch ------------------------------------------------------------
+
+
+class _Branches:
+    """Decisions by the values of a tensor (``if x.sum() > 0:``), by the line that takes them."""
+
+    def __init__(self, answers: dict[str, list[bool]] | None = None) -> None:
+        self._recorded = answers
+        self.answers: dict[str, list[bool]] = {}
+
+    def replay(self) -> _Branches:
+        """Return branches that answer as these were answered."""
+        return _Branches(self.answers)
+
+    def restart(self) -> None:
+        """Start a forward: a recording may run it more than once."""
+        self.answers = {}
+
+    def ask(self, x: Tensor) -> bool:
+        """Decide: by the value while the example runs, as the example did afterwards."""
+        location = caller_location()
+        given = self.answers.setdefault(location, [])
+        if self._recorded is None:
+            answer = bool(x)
+            if not given:
+                warnings.warn(
+                    f"{location} decides by the values of a tensor. The exported graph holds the "
+                    f"branch that the example inputs take ({answer}) and no other.",
+                    QuantizationWarning,
+                    stacklevel=2,
+                )
+        else:
+            known = self._recorded.get(location, [])
+            if len(given) >= len(known):
+                msg = (
+                    f"{location} decides by the values of a tensor, and not as often as it did for "
+                    "the example inputs. Replace the branch by tensor arithmetic (torch.where)."
+                )
+                raise UnsupportedError(msg)
+            answer = known[len(given)]
+        given.append(answer)
+        return answer
+
+
+@dataclass
+class _Labels:
+    """Which site called which op.
+
+    Every recorded op takes the name of its platform. A running number behind that name survives
+    whatever a graph capture does to the graph, and tells sites apart that are alike in all else.
+    """
+
+    sites: dict[str, str] = field(default_factory=dict)
+    pending: list[tuple[str, str]] = field(default_factory=list)
+    own_ops: Counter[str] = field(default_factory=Counter)
+    count: int = 0
+
+    def next(self, op: str, platform: str) -> str:
+        """Return the platform's name with the next label."""
+        self.count += 1
+        label = str(self.count)
+        self.pending.append((label, op))
+        return f"{platform}{_LABEL_MARK}{label}"
+
+    def tap(self, site: Site, call: Any, result: Any) -> None:
+        """Give the ops called since the last site to this one."""
+        for label, op in self.pending:
+            self.sites[label] = site.key
+            self.own_ops[site.key] += op not in OPERAND_OPS
+        self.pending.clear()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every op below the instrumentation: labels the library's, and answers branches."""
+
+    def __init__(self, branches: _Branches) -> None:
+        super().__init__()
+        self.branches = branches
+        self.labels = _Labels()
+        self.seen: dict[str, Any] = {}
+        self._entered = False
+
+    @contextlib.contextmanager
+    def watching(self, instrumentation: Instrumentation) -> Iterator[None]:
+        """Learn from the instrumentation which site runs; run the example under the watch."""
+        before = instrumentation.tap
+        instrumentation.tap = self.labels.tap
+        try:
+            if self.branches._recorded is None:
+                with self:
+                    yield
+            else:
+                yield
+        finally:
+            instrumentation.tap = before
+
+    def __enter__(self) -> Any:
+        self.branches.restart()
+        self.labels.pending.clear()
+        self.labels.own_ops.clear()
+        return super().__enter__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.__bool__:
+            return self.branches.ask(args[0])
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == NAMESPACE:
+            self.seen[func.name()] = func
+            args, kwargs = self._labelled(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _labelled(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        op = op_name(func)
+        arguments = bind(func, args, kwargs)
+        # A dequantized value belongs to no site; alike ones may be merged.
+        if op != "dequantize" and "platform" in arguments:
+            arguments["platform"] = self.labels.next(op, arguments["platform"])
+        return (), arguments
+
+    def translations(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        """Return the translation of each of the library's ops to a captured node."""
+        return {func: _translation(func) for func in self.seen.values()}
+
+
+# --- captured nodes -----------------------------------------------------------------------------
+
+
+def op_name(func: Any) -> str:
+    """Return the bare name of one of the library's ops, e.g. ``conv``."""
+    return str(func.name()).partition("::")[2].partition(".")[0]
+
+
+def bind(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an op by name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def label_of(platform: str) -> tuple[str, str]:
+    """Split a labelled platform into the platform's name and the label."""
+    name, _, label = platform.partition(_LABEL_MARK)
+    return name, label
+
+
+def _takes_tensors(argument: Any) -> bool:
+    return "Tensor" in str(argument.type)
+
+
+def _translation(func: Any) -> Callable[..., Any]:
+    """Return a function for ``torch.onnx`` that records the op with all its arguments."""
+    parameter = onnx.defs.OpSchema.FormalParameter
+    option = onnx.defs.OpSchema.FormalParameterOption
+    schema = onnx.defs.OpSchema(
+        op_name(func),
+        CAPTURE_DOMAIN,
+        1,
+        inputs=[
+            parameter("inputs", "T", param_option=option.Variadic, is_homogeneous=False, min_arity=0)
+        ],
+        outputs=[parameter(f"output{i}", "R") for i in range(len(func._schema.returns))],
+        type_constraints=[("T", TENSOR_TYPES, ""), ("R", TENSOR_TYPES, "")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(ARGUMENTS, onnx.defs.OpSchema.AttrType.STRING, required=True)
+        ],
+    )
+    node = Op(Opset(CAPTURE_DOMAIN, 1), op_name(func), schema)
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        inputs, values = [], {}
+        for name, value in bind(func, args, kwargs).items():
+            argument = next(a for a in func._schema.arguments if a.name == name)
+            if not _takes_tensors(argument):
+                values[name] = value
+            elif isinstance(value, list | tuple):
+                values[name] = len(value)
+                inputs += value
+            else:
+                values[name] = None if value is None else 1
+                inputs += [] if value is None else [value]
+        return node(*inputs, **{ARGUMENTS: json.dumps(values)})
+
+    return translate
+
+
+def arguments_of(node: ir.Node) -> dict[str, Any]:
+    """Return the arguments of a captured node by name; tensors are values of the graph."""
+    func = getattr(getattr(torch.ops, NAMESPACE), node.op_type).default
+    recorded = json.loads(node.attributes[ARGUMENTS].as_string())
+    inputs = iter(node.inputs)
+    arguments: dict[str, Any] = {}
+    for argument in func._schema.arguments:
+        value = recorded.get(argument.name)
+        if _takes_tensors(argument) and value is not None:
+            is_list = "List" in str(argument.type)
+            value = [next(inputs) for _ in range(value)] if is_list else next(inputs)
+        arguments[argument.name] = value
+    return arguments
+
+
+# --- checks and errors --------------------------------------------------------------------------
+
+
+def _live_sites(program: Any, example: _Labels, recorded: _Labels) -> Counter[str]:
+    """Check that every site that ran was recorded once; count those an output depends on."""
+    nodes = [node for node in program.graph.nodes if _own_site(node, recorded)]
+    found = Counter(_own_site(node, recorded) for node in nodes)
+    for key in sorted(set(example.own_ops) | {str(k) for k in found}):
+        if example.own_ops[key] != found[key]:
+            msg = (
+                f"`{key}` ran {example.own_ops[key]} time(s) and was recorded {found[key]} time(s). "
+                "Its forward depends on something that a recording does not see; the export would "
+                "not be the model that was trained."
+            )
+            raise UnsupportedError(msg)
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    reached, stack = {output}, [output]
+    while stack:
+        fresh = [n for n in stack.pop().all_input_nodes if n not in reached]
+        reached.update(fresh)
+        stack += fresh
+    return Counter(str(_own_site(node, recorded)) for node in nodes if node in reached)
+
+
+def _own_site(node: Any, labels: _Labels) -> str | None:
+    """Return the site whose own op a recorded node is, None for every other node."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != NAMESPACE:
+        return None
+    if op_name(node.target) in OPERAND_OPS:
+        return None
+    platform = bind(node.target, node.args, node.kwargs).get("platform", "")
+    return labels.sites.get(label_of(platform)[1])
+
+
+@contextlib.contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except LingerError:
+        raise
+    except Exception as error:
+        reason = str(_root_cause(error)).strip().partition("\n")[0]
+        msg = (
+            f"the forward cannot be {what}: {reason} Rewrite that part with plain tensor operations, "
+            "or move it out of the model."
+        )
+        raise UnsupportedError(msg) from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # What torch's exporter says about its own internals is not for the user of this library.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnx).*")
+        yield
+
+
+def flat_tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors of a nested result in the order in which they become graph outputs."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]

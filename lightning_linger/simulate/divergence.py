@@ -1,0 +1,164 @@
+"""Where integers, fake-quant and float differ, site by site."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.instrumentation import (
+    Event,
+    Instrumentation,
+    Tap,
+    instrumentation_of,
+    real_values,
+)
+from lightning_linger.core.quantizer import Window
+from lightning_linger.core.sites import Site
+from lightning_linger.core.tags import tag_of
+from lightning_linger.simulate.integer import number_system
+from lightning_linger.simulate.metrics import Divergence, DivergenceRow, QuantError, QuantErrorRow
+
+Forward = Callable[[], Any]
+
+
+def divergence(model: nn.Module, batch: Any) -> list[DivergenceRow]:
+    """Compare the integer model with the fake-quant and the float one on a batch, per site.
+
+    Args:
+        model: A quantized model in evaluation mode.
+        batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
+            inputs.
+
+    Returns:
+        One row per site, in execution order.
+    """
+    meter = Divergence(measured_sites(model)).to(_device(model))
+    measure_divergence(model, forward_of(model, batch), meter)
+    return meter.rows()
+
+
+def quant_error(model: nn.Module, batch: Any) -> list[QuantErrorRow]:
+    """Compare the fake-quant model with the float one on a batch, per site."""
+    meter = QuantError(measured_sites(model)).to(_device(model))
+    measure_quant_error(model, forward_of(model, batch), meter)
+    return meter.rows()
+
+
+def measured_sites(model: nn.Module) -> list[str]:
+    """Return the keys of the sites that are compared."""
+    return [site.key for site in instrumentation_of(model).sites if site.quantized]
+
+
+def forward_of(model: nn.Module, batch: Any) -> Forward:
+    """Return a callable that runs the model on a batch."""
+    if isinstance(batch, Mapping):
+        return lambda: model(**batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return lambda: model(batch[0])
+    return lambda: model(batch)
+
+
+@torch.no_grad()
+def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) -> None:
+    """Run ``forward`` in all three number systems and add what differs to ``meter``."""
+    instrumentation = instrumentation_of(model)
+    references = _results(model, forward, "float")
+    integers = _results(model, forward, "integer")
+
+    def compare(event: Event) -> None:
+        key, fake, tag = event.site.key, event.result, tag_of(event.result)
+        if tag is None or _passes_through(event) or key not in integers or key not in references:
+            return
+        isolated = _isolated(instrumentation, event)
+        if isolated is None:
+            return
+        window = _window(event.site)
+        meter.update(
+            key,
+            float(tag.step),
+            fake,
+            integers[key],
+            isolated,
+            _inside(references[key], window),
+            _inside(event.run_float(), window),
+        )
+
+    with number_system(model, "fake"), _tapped(instrumentation, compare):
+        forward()
+
+
+@torch.no_grad()
+def measure_quant_error(model: nn.Module, forward: Forward, meter: QuantError) -> None:
+    """Run ``forward`` in float and in fake-quant and add the errors to ``meter``."""
+    instrumentation = instrumentation_of(model)
+    references = _results(model, forward, "float")
+
+    def compare(event: Event) -> None:
+        key, tag = event.site.key, tag_of(event.result)
+        if tag is None or _passes_through(event) or key not in references:
+            return
+        step = float(tag.step)
+        low, high = -(2 ** (tag.bits - 1)), 2 ** (tag.bits - 1) - 1
+        if event.site.output is not None:
+            low, high = (int(code) for code in event.site.output.code_bounds(step))
+        reference = _inside(references[key], _window(event.site))
+        meter.update(key, event.result, reference, low * step, high * step, step)
+
+    with number_system(model, "fake"), _tapped(instrumentation, compare):
+        forward()
+
+
+def _results(model: nn.Module, forward: Forward, system: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keep(event: Event) -> None:
+        if isinstance(event.result, Tensor):
+            # A clone: a later in-place op of the model must not change what is compared.
+            found[event.site.key] = real_values(event.result).detach().clone()
+
+    with number_system(model, system), _tapped(instrumentation_of(model), keep):
+        forward()
+    return found
+
+
+def _isolated(instrumentation: Instrumentation, event: Event) -> Tensor | None:
+    """Run the integer op on the operands of a fake-quant event."""
+    switches = instrumentation.switches
+    switches.system = "integer"
+    try:
+        result = event.site.op.integer(event.site, event.call)
+    finally:
+        switches.system = "fake"
+    return real_values(result) if isinstance(result, Tensor) else None
+
+
+def _passes_through(event: Event) -> bool:
+    return event.result is event.call[0]
+
+
+def _window(site: Site) -> Window:
+    return site.output.window if site.output is not None else Window()
+
+
+def _inside(x: Tensor, window: Window) -> Tensor:
+    """Clamp a float reference as the activation does that was merged into the quantizer."""
+    return x.clamp(window.low, window.high)
+
+
+@contextlib.contextmanager
+def _tapped(instrumentation: Instrumentation, tap: Tap) -> Iterator[None]:
+    before = instrumentation.tap
+    instrumentation.tap = tap
+    try:
+        yield
+    finally:
+        instrumentation.tap = before
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))

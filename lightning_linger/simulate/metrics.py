@@ -1,0 +1,258 @@
+"""Per-site error statistics as torchmetrics: vectors on the device, reduced over ranks, one sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# Reported where there is no noise at all, instead of infinity, which charts cannot draw.
+MAX_DECIBEL = 150.0
+
+
+def decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    """Return ``10 log10(signal / noise)``, bounded by +-150 dB; 0 for no signal and no noise."""
+    tiny = torch.finfo(torch.float64).tiny
+    ratio = 10.0 * torch.log10((signal + tiny) / (noise + tiny))
+    return ratio.clamp(-MAX_DECIBEL, MAX_DECIBEL)
+
+
+class _PerSite(Metric):
+    """Sums and maxima per site, float64 vectors of one entry per site."""
+
+    full_state_update = False
+
+    def __init__(self, sites: Sequence[str], sums: Sequence[str], maxima: Sequence[str]) -> None:
+        super().__init__()
+        self.sites = list(sites)
+        self._index = {site: i for i, site in enumerate(self.sites)}
+        for name in sums:
+            self.add_state(name, torch.zeros(len(sites), dtype=torch.float64), "sum")
+        for name in maxima:
+            self.add_state(name, torch.zeros(len(sites), dtype=torch.float64), "max")
+
+    def _add(self, site: str, **values: Any) -> None:
+        index = self._index[site]
+        for name, value in values.items():
+            getattr(self, name)[index] += value
+
+    def _raise_to(self, site: str, **values: Any) -> None:
+        index = self._index[site]
+        for name, value in values.items():
+            state = getattr(self, name)
+            state[index] = torch.maximum(state[index], value.to(state.dtype))
+
+
+@dataclass(frozen=True)
+class QuantErrorRow:
+    """Fake-quant against float, at one site.
+
+    Args:
+        site: Site key.
+        sqnr: Signal to quantization noise, dB.
+        cosine: Cosine similarity, -1 to 1.
+        saturation: Share of the codes that lie on an end of the grid, 0 to 1.
+        exponent: log2 of the step.
+    """
+
+    site: str
+    sqnr: float
+    cosine: float
+    saturation: float
+    exponent: float
+
+
+class QuantError(_PerSite):
+    """SQNR, cosine and saturation of fake-quant values against float values, per site."""
+
+    signal: Tensor
+    noise: Tensor
+    dot: Tensor
+    power: Tensor
+    saturated: Tensor
+    elements: Tensor
+    exponent: Tensor
+    updates: Tensor
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        sums = ("signal", "noise", "dot", "power", "saturated", "elements", "exponent", "updates")
+        super().__init__(sites, sums=sums, maxima=())
+
+    def update(
+        self, site: str, fake: Tensor, reference: Tensor, low: float, high: float, step: float
+    ) -> None:
+        """Add one tensor.
+
+        Args:
+            site: Site key.
+            fake: Values on the grid.
+            reference: Float values of the same shape.
+            low: Value of the lowest code in use; ends count as saturated.
+            high: Value of the highest code.
+            step: Step of the grid.
+        """
+        fake, reference = fake.double(), reference.double()
+        at_end = (fake >= high).sum() + ((fake <= low).sum() if low < 0 else 0)
+        self._add(
+            site,
+            signal=reference.square().sum(),
+            noise=(fake - reference).square().sum(),
+            dot=(fake * reference).sum(),
+            power=fake.square().sum(),
+            saturated=at_end,
+            elements=fake.numel(),
+            exponent=torch.log2(torch.tensor(step, dtype=torch.float64)),
+            updates=1,
+        )
+
+    def compute(self) -> Tensor:
+        """Return ``[sites, 5]``: the columns of :class:`QuantErrorRow`, and the updates."""
+        sqnr = decibel(self.signal, self.noise)
+        scale = (self.signal * self.power).sqrt()
+        cosine = torch.where(scale > 0, self.dot / scale.clamp_min(1e-300), torch.ones_like(scale))
+        share = self.saturated / self.elements.clamp_min(1)
+        exponent = self.exponent / self.updates.clamp_min(1)
+        return torch.stack([sqnr, cosine, share, exponent, self.updates]).T
+
+    def rows(self) -> list[QuantErrorRow]:
+        """Return one row per site that was updated; a single transfer from the device."""
+        table = self.compute().tolist()
+        return [
+            QuantErrorRow(site, *values[:4])
+            for site, values in zip(self.sites, table, strict=True)
+            if values[4] > 0
+        ]
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """Integer execution at one site, over all samples seen.
+
+    *Accumulated* values come from the real integer chain, *isolated* ones from the op alone on the
+    fake-quant input.
+
+    Args:
+        site: Site key.
+        elements: Number of compared values.
+        mismatches: Codes that differ from fake-quant, accumulated.
+        max_lsb: Largest such difference in codes, accumulated.
+        isolated_mismatches: Codes that differ from fake-quant, isolated.
+        isolated_max_lsb: Largest such difference in codes, isolated.
+        sqnr: Against float, dB, accumulated.
+        max_error: Against float, real value, accumulated.
+        isolated_sqnr: Against float, dB, isolated.
+        isolated_max_error: Against float, real value, isolated.
+    """
+
+    site: str
+    elements: int
+    mismatches: int
+    max_lsb: int
+    isolated_mismatches: int
+    isolated_max_lsb: int
+    sqnr: float
+    max_error: float
+    isolated_sqnr: float
+    isolated_max_error: float
+
+    @property
+    def mismatch_rate(self) -> float:
+        """Share of codes that differ, accumulated, 0 to 1."""
+        return self.mismatches / max(self.elements, 1)
+
+
+class Divergence(_PerSite):
+    """Integer codes against fake-quant codes, and integer values against float, per site."""
+
+    elements: Tensor
+    mismatches: Tensor
+    isolated_mismatches: Tensor
+    signal: Tensor
+    noise: Tensor
+    isolated_signal: Tensor
+    isolated_noise: Tensor
+    max_lsb: Tensor
+    isolated_max_lsb: Tensor
+    max_error: Tensor
+    isolated_max_error: Tensor
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        sums = (
+            *("elements", "mismatches", "isolated_mismatches"),
+            *("signal", "noise", "isolated_signal", "isolated_noise"),
+        )
+        maxima = ("max_lsb", "isolated_max_lsb", "max_error", "isolated_max_error")
+        super().__init__(sites, sums, maxima)
+
+    def update(
+        self,
+        site: str,
+        step: float,
+        fake: Tensor,
+        integer: Tensor,
+        isolated: Tensor,
+        reference: Tensor,
+        isolated_reference: Tensor,
+    ) -> None:
+        """Add the tensors of one site; all hold real values and have one shape.
+
+        Args:
+            site: Site key.
+            step: Step of the grid, to express differences in codes.
+            fake: Fake-quant result.
+            integer: Result of the integer chain.
+            isolated: Result of the integer op on the fake-quant input.
+            reference: Result of the float chain.
+            isolated_reference: Result of the float op on the fake-quant input.
+        """
+        fake, integer, isolated = fake.double(), integer.double(), isolated.double()
+        reference, isolated_reference = reference.double(), isolated_reference.double()
+        self._add(
+            site,
+            elements=fake.numel(),
+            mismatches=(integer != fake).sum(),
+            isolated_mismatches=(isolated != fake).sum(),
+            signal=reference.square().sum(),
+            noise=(integer - reference).square().sum(),
+            isolated_signal=isolated_reference.square().sum(),
+            isolated_noise=(isolated - isolated_reference).square().sum(),
+        )
+        self._raise_to(
+            site,
+            max_lsb=_largest((integer - fake) / step),
+            isolated_max_lsb=_largest((isolated - fake) / step),
+            max_error=_largest(integer - reference),
+            isolated_max_error=_largest(isolated - isolated_reference),
+        )
+
+    def compute(self) -> Tensor:
+        """Return ``[sites, 9]``: the columns of :class:`DivergenceRow`."""
+        return torch.stack(
+            [
+                self.elements,
+                self.mismatches,
+                self.max_lsb,
+                self.isolated_mismatches,
+                self.isolated_max_lsb,
+                decibel(self.signal, self.noise),
+                self.max_error,
+                decibel(self.isolated_signal, self.isolated_noise),
+                self.isolated_max_error,
+            ]
+        ).T
+
+    def rows(self) -> list[DivergenceRow]:
+        """Return one row per site that was updated; a single transfer from the device."""
+        return [
+            DivergenceRow(site, *(round(v) for v in values[:5]), *values[5:])
+            for site, values in zip(self.sites, self.compute().tolist(), strict=True)
+            if values[0] > 0
+        ]
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().max() if x.numel() else x.new_zeros(())

@@ -1,0 +1,150 @@
+"""What is quantized, how, and what is not and why, as one readable table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, overload
+
+from torch import nn
+
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.registry import op_of
+from lightning_linger.core.sites import Site
+from lightning_linger.core.tags import WIDEST_OPERAND
+
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One call of the model.
+
+    Args:
+        site: Site key.
+        op: Canonical op name.
+        system: ``fake`` if it is quantized now, ``planned`` if it will be, ``folded`` into the layer
+            before it, ``merged`` into the quantizer before it, else ``float``.
+        bits: ``weight/input/output`` widths, empty for float.
+        scale: Step of the output as a power of two or a number, empty while unknown.
+        stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
+        why_float: Why it is not quantized, empty if it is.
+    """
+
+    site: str
+    op: str
+    system: str
+    bits: str
+    scale: str
+    stage: str
+    why_float: str
+
+
+class Summary:
+    """A list of :class:`SummaryRow` that prints as a table."""
+
+    def __init__(self, rows: list[SummaryRow]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[SummaryRow]:
+        """Iterate over the rows in execution order."""
+        return iter(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SummaryRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SummaryRow]: ...
+    def __getitem__(self, index: int | slice) -> SummaryRow | list[SummaryRow]:
+        """Return a row or a list of rows."""
+        return self._rows[index]
+
+    def __str__(self) -> str:
+        """Return a plain-text table."""
+        titles = list(SummaryRow.__dataclass_fields__)
+        lines = [titles, *([getattr(row, title) for title in titles] for row in self._rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def __rich__(self) -> Any:
+        """Return a rich table."""
+        from rich.table import Table
+
+        table = Table(*SummaryRow.__dataclass_fields__)
+        for row in self._rows:
+            table.add_row(*(getattr(row, title) for title in SummaryRow.__dataclass_fields__))
+        return table
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return what is quantized and what is not, and why, in execution order; prints nothing."""
+    instrumentation = instrumentation_of(model)
+    rows: list[SummaryRow] = []
+    for node in instrumentation.graph:
+        op = op_of(node.op)
+        if op is not None and op.has_site:
+            rows.append(_site_row(instrumentation, instrumentation.find(node.key)))
+        elif op is None and any(spec.floating and not spec.constant for spec in node.inputs):
+            why = "no quantized meaning; gets and gives plain values"
+            rows.append(SummaryRow(node.key, node.op, "float", "", "", "", why))
+    return Summary(rows)
+
+
+def float_sites(model: nn.Module) -> list[Site]:
+    """Return the sites that the quantize stage leaves in float."""
+    return [site for site in instrumentation_of(model).sites if not site.quantized]
+
+
+def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
+    switches = instrumentation.switches
+    stages = [
+        name
+        for name, on in (
+            ("fuse", switches.fuse and site.fold is not None),
+            ("normalize", switches.normalize and site.limits is not None),
+            ("quantize", switches.quantize and site.quantized),
+        )
+        if on
+    ]
+    system = "float"
+    why = site.why_float or ""
+    if site.quantized:
+        system = "fake" if switches.quantize else "planned"
+        if switches.quantize and not site.ready:
+            system, why = "float", "has seen no range yet"
+    elif not switches.quantize:
+        why = why if why != "not reached" else ""
+    bits = _bits(site)
+    if site.quantized and site.op.kind == "batch_norm" and site.weight_grid is None:
+        system, bits, stages, why = "folded", "", [], ""
+    elif site.merged and switches.quantize:
+        system = "merged"
+    return SummaryRow(site.key, site.op.kind, system, bits, _scale(site), ", ".join(stages), why)
+
+
+def _bits(site: Site) -> str:
+    if site.config is None:
+        return ""
+    weight = str(site.weight_grid.bits) if site.weight_grid else "-"
+    if site.output is not None:
+        output = str(site.output.grid.bits)
+    elif site.op.output_scale == "inputs":
+        output = str(site.config.activation_bits)
+    else:
+        bits = site.config.output_bits
+        output = str(bits) if bits is not None and bits > WIDEST_OPERAND else "float"
+    return f"{weight}/{site.config.activation_bits}/{output}"
+
+
+def _scale(site: Site) -> str:
+    if site.output is None or not site.output.known:
+        return ""
+    step = float(site.output.grid.step(site.output.estimator.absmax()))
+    exponent = math.log2(step)
+    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"
