@@ -1,8 +1,10 @@
 """The integer grid a tensor is rounded to: bits, scale kind and rounding, without any state."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,3 +69,13 @@ class Grid:
         exponent = exponent - (mantissa == 0.5).to(exponent.dtype) - (self.bits - 1)
         exponent = exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
         return torch.ldexp(torch.ones_like(absmax), exponent)
+
+    def step_value(self, absmax: float) -> float:
+        """Return what :meth:`step` returns for one float32 value, without tensor arithmetic."""
+        if not absmax > 0:
+            absmax = 1.0
+        if self.scale_kind == "free":
+            return float(np.float32(absmax) / np.float32(self.qmax))
+        mantissa, exponent = math.frexp(absmax)
+        exponent -= (mantissa == 0.5) + self.bits - 1
+        return math.ldexp(1.0, min(max(exponent, MIN_EXPONENT), MAX_EXPONENT))

@@ -1,5 +1,7 @@
 """Entering, leaving and changing the integer grid, as custom ops that every graph capture records."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,21 @@ def rescale(acc: Tensor, ratio: Tensor | float, low: int, high: int, rounding: s
     return ROUNDINGS[rounding](scaled).clamp_(low, high)
 
 
+def multiplier(scale_a: float, scale_b: Sequence[float], scale_o: float) -> Tensor:
+    """Return ``scale_a * scale_b / scale_o``, every step rounded to float32 as onnxruntime does it.
+
+    Powers of two are exact either way. The result is on the CPU, where a division is a division: a
+    GPU divides by a number through its reciprocal.
+    """
+    a, o = torch.tensor([scale_a, scale_o], dtype=torch.float32)
+    return torch.tensor(scale_b, dtype=torch.float32) * a / o
+
+
+def divide_by_scale(x: Tensor, scale: float) -> Tensor:
+    """Return ``x / scale`` in float32, a true division on every device (see :func:`multiplier`)."""
+    return x / torch.full((), scale, dtype=torch.float32, device=x.device)
+
+
 def to_payload(codes: Tensor, bits: int) -> Tensor:
     """Store whole numbers of a float tensor in the payload dtype of ``bits``."""
     return codes.to(payload_dtype(bits))
@@ -58,7 +75,7 @@ def quantize(
     x: Tensor, scale: float, bits: int, low: int, high: int, rounding: str, platform: str
 ) -> Tensor:
     """Round real values to codes: ``clamp(round(x / scale), low, high)``."""
-    codes = ROUNDINGS[rounding](x / scale).clamp_(low, high)
+    codes = ROUNDINGS[rounding](divide_by_scale(x, scale)).clamp_(low, high)
     return to_payload(codes, bits)
 
 

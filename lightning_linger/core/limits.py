@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import can_read
 from lightning_linger.core.config import Limit, LimitGradient
 
 PULL = 0.01
@@ -42,9 +43,22 @@ def apply_bound(x: Tensor, bound: Tensor, gradient: LimitGradient) -> Tensor:
     return torch.minimum(torch.maximum(x, -bound), bound)
 
 
+def is_within(x: Tensor, bound: float) -> bool:
+    """Whether all values are known to be within the bound, so that limiting them is a no-op.
+
+    Finding that out costs less than clamping, and leaves nothing to do for backward.
+    """
+    if not can_read(x) or x.numel() == 0:
+        return False
+    low, high = torch.aminmax(x.detach())
+    return bool(low.item() >= -bound and high.item() <= bound)
+
+
 def limited(x: Tensor, limit: Limit | None, gradient: LimitGradient) -> Tensor:
     """Apply a limit to a weight or bias; None leaves it alone."""
     if limit is None:
+        return x
+    if limit.kind == "static" and is_within(x, limit.value):
         return x
     if limit.kind == "static" and gradient == "zero":
         return x.clamp(-limit.value, limit.value)

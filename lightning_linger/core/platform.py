@@ -22,6 +22,8 @@ class Platform:
             (a float32 multiplier, as onnxruntime's integer kernels do).
         add: ``round_operands`` rounds each operand to the output scale, saturates, then adds with
             saturation (LUNA); ``round_sum`` rounds once.
+        zero_point: What the engine adds to an 8-bit code to store it. Integers do not notice, but
+            onnxruntime adds it to some results in float32 before it rounds them, which costs bits.
         dialect: Export dialect the target reads.
         engine_name: How the dialect spells the target.
     """
@@ -35,8 +37,26 @@ class Platform:
     add: str
     dialect: str
     engine_name: str
+    zero_point: int = 0
 
     @property
     def right_shift_only(self) -> bool:
         """Whether a result may not be finer than the accumulator it comes from."""
         return self.rescale == "shift"
+
+
+_KNOWN: dict[str, Platform] = {}
+
+
+def register_platform(platform: Platform) -> Platform:
+    """Make the arithmetic of a target known to the integer ops, which carry its name."""
+    _KNOWN[platform.name] = platform
+    return platform
+
+
+def arithmetic_of(name: str) -> Platform | None:
+    """Return the target that an integer op names, None for a name that nobody registered.
+
+    A recorder may have put a label of its own behind a ``#``.
+    """
+    return _KNOWN.get(name.partition("#")[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.core.capture import can_read, capturing
+from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.ranges import RangeEstimator, RangeKind
@@ -77,17 +77,24 @@ class Quantizer(nn.Module):
                 convolution whose accumulator can only be shifted right).
 
         Returns:
-            A float once frozen (evaluation, outside graph capture), else a 0-dim tensor.
+            A float where values can be read, a 0-dim tensor on a GPU or in a graph capture; once
+            frozen, in evaluation, always a float.
         """
         if self._frozen_step is not None:
             return self._frozen_step
-        step = self.grid.step(self.estimator.absmax())
+        if not can_read(self.estimator.range):
+            step = self.grid.step(self.estimator.absmax())
+            if minimum is None:
+                return step
+            floor = torch.as_tensor(minimum, dtype=step.dtype, device=step.device)
+            return torch.maximum(step, floor)
+        low, high = self.estimator.range.tolist()
+        value = self.grid.step_value(max(-low, high))
         if minimum is not None:
-            step = torch.maximum(step, torch.as_tensor(minimum, dtype=step.dtype, device=step.device))
-        if not self.training and not capturing():
-            self._frozen_step = step.item()
-            return self._frozen_step
-        return step
+            value = max(value, float(minimum))
+        if not self.training:
+            self._frozen_step = value
+        return value
 
     def code_bounds(self, step: Scalar, clamp: bool = True) -> tuple[Bound, Bound]:
         """Return the smallest and largest code at this step, the window included if ``clamp``."""

@@ -62,6 +62,16 @@ class RangeEstimator(nn.Module):
         """Whether the range was given as a number and never moves."""
         return isinstance(self.kind, int | float)
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether the range is kept symmetric around zero."""
+        return self.kind in ("ema_absmax", "absmax")
+
+    @property
+    def moving(self) -> bool:
+        """Whether the range is a moving average."""
+        return self.kind in ("ema_absmax", "ema_minmax")
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._known = bool(self.batches.item() > 0)
@@ -89,31 +99,53 @@ class RangeEstimator(nn.Module):
         if self.fixed or x.numel() == 0:
             return
         batch = torch.stack(torch.aminmax(x)).to(self.range.dtype)
-        finite = torch.isfinite(batch).all()
-        if can_read(batch) and not finite.item():
+        if can_read(batch):
+            self._observe_values(batch, low, high)
+        else:
+            self._observe_tensors(batch, low, high)
+
+    def _observe_values(self, batch: Tensor, low: float, high: float) -> None:
+        """Move the range with the values at hand: few tensor operations, and a warning if needed."""
+        lowest, highest = batch.tolist()
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
             warnings.warn(
                 f"`{self.name}`: a batch holds NaN or infinity and is left out of the range.",
                 QuantizationWarning,
                 stacklevel=2,
             )
             return
-        if low != -math.inf or high != math.inf:
-            batch = batch.clamp(low, high)
-        self.range.copy_(torch.where(finite, self._merge(batch), self.range))
-        self.batches.add_(finite.to(self.batches.dtype))
+        lowest, highest = (min(max(value, low), high) for value in (lowest, highest))
+        if self.symmetric:
+            highest = max(-lowest, highest)
+            lowest = -highest
+        batch = torch.tensor([lowest, highest], dtype=self.range.dtype)
+        if not self._known:
+            self.range.copy_(batch)
+        elif self.moving:
+            self.range.lerp_(batch, EMA_WEIGHT)
+        else:
+            torch.minimum(self.range[0], batch[0], out=self.range[0])
+            torch.maximum(self.range[1], batch[1], out=self.range[1])
+        self.batches.add_(1)
         self._known = True
 
-    def _merge(self, batch: Tensor) -> Tensor:
-        if self.kind in ("ema_absmax", "absmax"):
+    def _observe_tensors(self, batch: Tensor, low: float, high: float) -> None:
+        """Move the range without reading a value, on a GPU or in a graph capture."""
+        finite = torch.isfinite(batch).all()
+        batch = batch.clamp(low, high)
+        if self.symmetric:
             extreme = torch.maximum(-batch[0], batch[1])
             batch = torch.stack([-extreme, extreme])
-        if self.kind in ("ema_absmax", "ema_minmax"):
+        if self.moving:
             moved = torch.lerp(self.range, batch, EMA_WEIGHT)
         else:
             moved = torch.stack(
                 [torch.minimum(self.range[0], batch[0]), torch.maximum(self.range[1], batch[1])]
             )
-        return torch.where(self.batches > 0, moved, batch)
+        moved = torch.where(self.batches > 0, moved, batch)
+        self.range.copy_(torch.where(finite, moved, self.range))
+        self.batches.add_(finite.to(self.batches.dtype))
+        self._known = True
 
     def extra_repr(self) -> str:
         """Show the kind and the range."""

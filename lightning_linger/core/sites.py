@@ -19,7 +19,7 @@ from lightning_linger.core.config import (
 )
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize
 from lightning_linger.core.integer import code_limits, payload_dtype, quantize, requantize
-from lightning_linger.core.limits import apply_bound, bound_of
+from lightning_linger.core.limits import apply_bound, bound_of, is_within
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.ranges import EMA_WEIGHT
 from lightning_linger.core.rounding import Rounding
@@ -164,6 +164,8 @@ class Site(nn.Module):
         if limits is None or limits.output is None:
             return y
         if limits.output.kind == "static":
+            if is_within(y, limits.output.value):
+                return y
             if limits.gradient == "zero":
                 return y.clamp(-limits.output.value, limits.output.value)
             return apply_bound(y, y.new_tensor(limits.output.value), limits.gradient)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lightning_linger.core.integer import payload_dtype, rescale
+from lightning_linger.core.integer import is_power_of_two, multiplier, payload_dtype, rescale
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
@@ -106,21 +106,43 @@ def integer_conv(
         platform: Name of the target.
         exact_in_float32: Whether no accumulator can reach 2^24; else float64 accumulates.
     """
+    geometry = (stride, padding, dilation, groups, transposed, output_padding)
+    shift = exact_shift(scale_x, scale_w, scale_o, rounding) if exact_in_float32 else None
+    if shift is not None:
+        channels = weight.shape[1] * groups if transposed else weight.shape[0]
+        codes = convolve(x.float(), *in_codes(weight, bias, shift, channels), *geometry)
+        return codes.floor_().clamp_(low, high).to(payload_dtype(bits_o))
     dtype = torch.float32 if exact_in_float32 else torch.float64
-    acc = convolve(
-        x.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        stride,
-        padding,
-        dilation,
-        groups,
-        transposed,
-        output_padding,
-    )
+    bias = None if bias is None else bias.to(dtype)
+    acc = convolve(x.to(dtype), weight.to(dtype), bias, *geometry)
     return finish_accumulator(
         acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, len(stride)
     )
+
+
+def exact_shift(
+    scale_x: float, scale_w: Sequence[float], scale_o: float, rounding: str
+) -> float | None:
+    """Return the power of two that brings the accumulator to the output scale, rounding half up.
+
+    None where the multiplier is not one power of two, or rounding is another one.
+    """
+    if rounding != "half_up" or scale_o == 0.0 or len(scale_w) != 1:
+        return None
+    ratio = scale_x * scale_w[0] / scale_o
+    return ratio if is_power_of_two(ratio) else None
+
+
+def in_codes(
+    weight: Tensor, bias: Tensor | None, shift: float, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias with which a layer gives output codes plus one half, in float32.
+
+    A power of two changes no mantissa, so this is as exact as shifting the accumulator, and saves
+    two passes over it.
+    """
+    half = weight.new_full((channels,), 0.5, dtype=torch.float32)
+    return weight.float() * shift, half if bias is None else bias.float() * shift + half
 
 
 def finish_accumulator(
@@ -136,18 +158,22 @@ def finish_accumulator(
 ) -> Tensor:
     """Bring an accumulator to the output scale, channels standing before ``trailing`` dims."""
     if scale_o == 0.0:
-        return (acc.double() * _ratio(scale_x, scale_w, 1.0, trailing, acc)).float()
+        return acc.float() * _ratio(scale_x, scale_w, 1.0, trailing, acc)
     ratio = _ratio(scale_x, scale_w, scale_o, trailing, acc)
+    if rounding == "half_even" and bits_o <= 16:
+        # The engine that rounds to even brings its accumulator to float32 before it multiplies
+        # (onnxruntime); those that shift keep every bit. It shows beyond 2^24 only.
+        acc = acc.float()
     return rescale(acc, ratio, low, high, rounding).to(payload_dtype(bits_o))
 
 
 def _ratio(
     scale_x: float, scale_w: Sequence[float], scale_o: float, trailing: int, like: Tensor
 ) -> float | Tensor:
+    ratios = multiplier(scale_x, scale_w, scale_o)
     if len(scale_w) == 1:
-        return scale_x * scale_w[0] / scale_o
-    ratios = torch.tensor(scale_w, dtype=torch.float32, device=like.device) * scale_x / scale_o
-    return ratios.view(-1, *([1] * trailing))
+        return ratios.item()
+    return ratios.to(like.device).view(-1, *([1] * trailing))
 
 
 @integer_conv.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.integer import (
-    EXACT_FLOAT32,
     code_limits,
+    divide_by_scale,
+    multiplier,
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import ROUNDINGS
@@ -81,17 +84,87 @@ def integer_add(
         total = a + b if sign > 0 else a - b
         codes = total.clamp_(low, high)
     else:
-        codes = round_sum(x.float(), y.float() * sign, scale_x, scale_y, scale_o, rounding)
+        zero_point = _stored_zero(platform, x.dtype, y.dtype, payload_dtype(bits_o))
+        codes = round_sum(
+            x.float(), y.float(), sign, scale_x, scale_y, scale_o, rounding, zero_point
+        )
         codes = codes.clamp_(low, high)
     return codes.to(payload_dtype(bits_o))
 
 
 def round_sum(
-    x: Tensor, y: Tensor, scale_x: float, scale_y: float, scale_o: float, rounding: str
+    x: Tensor,
+    y: Tensor,
+    sign: int,
+    scale_x: float,
+    scale_y: float,
+    scale_o: float,
+    rounding: str,
+    zero_point: int | None,
 ) -> Tensor:
-    """Return ``round(x * scale_x / scale_o + y * scale_y / scale_o)`` in float32 (onnxruntime)."""
-    total = x * (scale_x / scale_o) + y * (scale_y / scale_o)
-    return ROUNDINGS[rounding](total)
+    """Add or subtract codes and round once, in the float32 operations of onnxruntime.
+
+    Args:
+        x: Codes, in float32 like ``y``.
+        y: Codes that broadcast with ``x``.
+        sign: 1 or -1, the factor of ``y``.
+        scale_x: Step of ``x``.
+        scale_y: Step of ``y``.
+        scale_o: Step of the result.
+        rounding: Rounding rule.
+        zero_point: Of the stored 8-bit codes, which ``QLinearAdd`` adds; None for wider ones. They
+            and differences have no kernel of their own: the real values are added.
+    """
+    if zero_point is None or sign < 0:
+        total = x * scale_x + y * (sign * scale_y)
+        return ROUNDINGS[rounding](divide_by_scale(total, scale_o))
+    if _stands_second(x.shape, y.shape):
+        x, y, scale_x, scale_y = y, x, scale_y, scale_x
+    ratio_x, ratio_y = multiplier(1.0, (scale_x, scale_y), scale_o)
+    offset = zero_point - (ratio_x * zero_point + ratio_y * zero_point)
+    stored = _multiply_add(y + zero_point, ratio_y, offset)
+    stored = _multiply_add(x + zero_point, ratio_x, stored)
+    return ROUNDINGS[rounding](stored) - zero_point
+
+
+def _stands_second(x: Sequence[int], y: Sequence[int]) -> bool:
+    """Whether the first operand of an addition takes the place of the second.
+
+    Which product enters last decides the rounding of the sum. It is that of the operand that is not
+    broadcast, and of two single values the second.
+    """
+    rank = max(len(x), len(y))
+    sizes_x, sizes_y = ([1] * (rank - len(s)) + list(s) for s in (x, y))
+    return sizes_x[::-1] < sizes_y[::-1] or all(n == 1 for n in (*sizes_x, *sizes_y))
+
+
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return ``a * b + c`` of float32 operands, rounded once (a fused multiply-add).
+
+    The product is exact in float64. The sum need not be, and rounding it twice can go wrong next to
+    a float32 tie; a first rounding to odd, which keeps what was lost visible, never does.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    back = total - product
+    lost = (product - (total - back)) + (c - back)
+    nudged = torch.nextafter(total, torch.copysign(torch.full_like(lost, math.inf), lost))
+    even = total.view(torch.int64) % 2 == 0
+    return torch.where((lost != 0) & even, nudged, total).float()
+
+
+def _stored_zero(platform: str, *dtypes: torch.dtype) -> int | None:
+    """Return the zero point of stored codes where all are of 8 bits, else None."""
+    engine = arithmetic_of(platform)
+    if engine is None or any(dtype != torch.int8 for dtype in dtypes):
+        return None
+    return engine.zero_point
+
+
+def _multiplies(platform: str) -> bool:
+    """Whether the engine computes in float32 with steps, rather than in integers with shifts."""
+    engine = arithmetic_of(platform)
+    return engine is not None and engine.rescale == "multiply"
 
 
 @integer_add.register_fake
@@ -127,9 +200,20 @@ def integer_mul(
     platform: str,
 ) -> Tensor:
     """Multiply codes and bring the product to the output scale (arguments as ``linger::add``)."""
-    product = x.float() * y.float()
-    codes = rescale(product, scale_x * scale_y / scale_o, low, high, rounding)
-    return codes.to(payload_dtype(bits_o))
+    dtype = payload_dtype(bits_o)
+    zero_point = _stored_zero(platform, x.dtype, y.dtype, dtype)
+    if not _multiplies(platform):
+        exact = torch.float32 if x.dtype == y.dtype == torch.int8 else torch.float64
+        product = x.to(exact) * y.to(exact)
+        codes = rescale(product, scale_x * scale_y / scale_o, low, high, rounding)
+    elif zero_point is not None:  # QLinearMul, which adds the stored zero point before it rounds
+        ratio = multiplier(scale_x, [scale_y], scale_o).item()
+        stored = (x.float() * y.float()).mul_(ratio).add_(zero_point)
+        codes = ROUNDINGS[rounding](stored).sub_(zero_point).clamp_(low, high)
+    else:
+        real = (x.float() * scale_x) * (y.float() * scale_y)
+        codes = ROUNDINGS[rounding](divide_by_scale(real, scale_o)).clamp_(low, high)
+    return codes.to(dtype)
 
 
 @integer_mul.register_fake
@@ -160,14 +244,18 @@ def integer_cat(
     platform: str,
 ) -> Tensor:
     """Bring every operand to the output scale, then concatenate along ``dim``."""
+    dtype = payload_dtype(bits_o)
     limits = code_limits(bits_o)
-    parts = [
-        x
-        if scale == scale_o and x.dtype == payload_dtype(bits_o)
-        else rescale(x.double(), scale / scale_o, *limits, rounding).to(payload_dtype(bits_o))
-        for x, scale in zip(tensors, scales, strict=True)
-    ]
-    return torch.cat(parts, dim)
+
+    def at_output_scale(x: Tensor, scale: float) -> Tensor:
+        if scale == scale_o and x.dtype == dtype:
+            return x
+        if _multiplies(platform):  # dequantize, quantize
+            real = divide_by_scale(x.float() * scale, scale_o)
+            return ROUNDINGS[rounding](real).clamp_(*limits).to(dtype)
+        return rescale(x.double(), scale / scale_o, *limits, rounding).to(dtype)
+
+    return torch.cat([at_output_scale(x, s) for x, s in zip(tensors, scales, strict=True)], dim)
 
 
 @integer_cat.register_fake
@@ -290,13 +378,17 @@ class AddOp(_Binary):
             return output.round(total, step, dtype)
         # The integer kernel's own order of float32 operations, so that evaluation agrees with it.
         x, y = (_with_constant(v, float(step), output) for v in (x, y))
+        tags = (tag_of(x), tag_of(y))
+        widths = (*(tag.bits for tag in tags if tag is not None), output.grid.bits)
         codes = round_sum(
-            torch.round(x / step_of(x)),
-            torch.round(y / step_of(y)) * self.sign,
+            _whole(x),
+            _whole(y),
+            self.sign,
             float(step_of(x)),
             float(step_of(y)),
             float(step),
             output.grid.rounding,
+            _stored_zero(site.platform_name, *(payload_dtype(bits) for bits in widths)),
         )
         low, high = output.code_bounds(float(step))
         values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
@@ -469,6 +561,11 @@ def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> Any:
     if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step, value) == step:
         return value
     return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Return the codes of a tagged tensor (constants hold them already) as floats."""
+    return torch.round(x.float() / step_of(x)) if x.dtype.is_floating_point else x.float()
 
 
 def _total(x: Any, y: Any, sign: int) -> Tensor:

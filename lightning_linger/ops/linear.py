@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_linger.core.integer import payload_dtype
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.conv import exact_shift, finish_accumulator, in_codes
 from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
 
 
@@ -45,6 +45,10 @@ def integer_linear(
 
     The arguments are those of ``linger::conv`` (see :mod:`lightning_linger.ops.conv`).
     """
+    shift = exact_shift(scale_x, scale_w, scale_o, rounding) if exact_in_float32 else None
+    if shift is not None:
+        codes = F.linear(x.float(), *in_codes(weight, bias, shift, weight.shape[0]))
+        return codes.floor_().clamp_(low, high).to(payload_dtype(bits_o))
     dtype = torch.float32 if exact_in_float32 else torch.float64
     acc = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return finish_accumulator(acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, 0)

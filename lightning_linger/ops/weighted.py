@@ -53,8 +53,10 @@ class Prepared:
     """A layer's parameters in evaluation, derived once.
 
     Args:
-        weight: On the integer grid, real values.
-        bias: Likewise.
+        weight: On the integer grid, real values; divided by the output's step if ``in_codes``.
+        bias: Likewise, and half a code added if ``in_codes``.
+        in_codes: Whether the layer gives its output in codes plus one half, so that rounding it
+            up is a floor.
         codes: The weight's codes.
         bias_codes: The bias's codes, int32.
         steps: Steps of the weight, one or one per output channel.
@@ -67,6 +69,7 @@ class Prepared:
 
     weight: Tensor
     bias: Tensor | None
+    in_codes: bool
     codes: Tensor
     bias_codes: Tensor | None
     steps: list[float]
@@ -248,7 +251,8 @@ class WeightedOp(Op):
             return Parameters(weight, bias)
         grid = site.weight_grid
         step_w = self._weight_step(site, call, weight.detach(), grid)
-        steps = self.per_channel(call, step_w) if step_w.dim() else step_w
+        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
+        steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         weight = fake_quantize(
             weight, readable(steps, weight), grid.qmin, grid.qmax, grid.rounding
         )
@@ -259,11 +263,12 @@ class WeightedOp(Op):
             )
         return Parameters(weight, bias, step_w)
 
-    def _weight_step(self, site: Site, call: Any, weight: Tensor, grid: Grid) -> Tensor:
+    def _weight_step(self, site: Site, call: Any, weight: Tensor, grid: Grid) -> Scalar:
         if site.granularity == "channel":
             return grid.step(self.channel_reduce(call, weight, "amax").float())
         low, high = torch.aminmax(weight)
-        return grid.step(torch.maximum(-low, high).float())
+        absmax = torch.maximum(-low, high).float()
+        return grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -274,14 +279,28 @@ class WeightedOp(Op):
             return mark_folded(y, Folded()) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag.step, tag.bits)
         weight, bias = prepared.weight, prepared.bias
-        if torch.is_grad_enabled() and call.weight.requires_grad and not capturing():
+        if torch.is_grad_enabled() and not capturing():
             differentiable = self._parameters(site, call, tag.step)
             weight, bias = differentiable.weight, differentiable.bias
+        elif prepared.in_codes:
+            return self._evaluate_codes(site, call, x, prepared, tag)
         if prepared.exact_in_float32 or x.dtype == torch.float64:
             y = self.apply(call, x, weight, bias)
         else:
             y = self.apply(call, x.double(), weight.double(), None if bias is None else bias.double())
         y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
+        return mark_folded(y, Folded()) if site.active_fold is not None else y
+
+    def _evaluate_codes(
+        self, site: Site, call: Any, x: Tensor, prepared: Prepared, tag: Tag
+    ) -> Tensor:
+        output = site.output
+        assert output is not None  # `in_codes` says so
+        step = float(output.step())
+        low, high = output.code_bounds(step)
+        y = self.apply(call, x, prepared.weight, prepared.bias)
+        y = y.floor_().clamp_(low, high).mul_(step).to(tag.dtype)
+        y = with_tag(y, output.tag(step, tag.dtype))
         return mark_folded(y, Folded()) if site.active_fold is not None else y
 
     def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
@@ -300,17 +319,25 @@ class WeightedOp(Op):
             if parameters.bias is not None:
                 bias_codes = torch.round(parameters.bias.double() / (step_w.double() * step_x))
             bound = self.channel_reduce(call, codes.double(), "sum") * 2.0 ** (bits_x - 1)
+            channels = bound.numel()
             if bias_codes is not None:
                 bound = bound + bias_codes.abs()
+            exact = self._fits_float32(site, bound.max().item(), step_x, step_w)
+            weight, bias, in_codes = parameters.weight, parameters.bias, False
+            if exact and self._gives_codes(site):
+                step_o = self._output_step(site, step_x, step_w)
+                weight, in_codes = weight / step_o, True
+                bias = weight.new_full((channels,), 0.5) if bias is None else bias / step_o + 0.5
             found = Prepared(
-                weight=parameters.weight,
-                bias=parameters.bias,
+                weight=weight,
+                bias=bias,
+                in_codes=in_codes,
                 codes=codes.to(payload_dtype(site.weight_bits)),
                 bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
                 steps=[float(s) for s in step_w.flatten()],
                 scale_x=step_x,
                 bits_x=bits_x,
-                exact_in_float32=self._fits_float32(site, bound.max().item(), step_x, step_w),
+                exact_in_float32=exact,
                 validity=_validity(site, call),
             )
         site.prepared["weights"] = found
@@ -321,9 +348,20 @@ class WeightedOp(Op):
             return False
         half = 0.0
         if site.output is not None:
-            half = 0.5 * float(site.output.step(minimum_step(site, step_x * float(step_w.max()))))
-            half /= step_x * float(step_w.min())
+            half = 0.5 * self._output_step(site, step_x, step_w) / (step_x * float(step_w.min()))
         return bound + half < EXACT_FLOAT32
+
+    def _output_step(self, site: Site, step_x: float, step_w: Tensor) -> float:
+        assert site.output is not None  # asked for quantized outputs only
+        return float(site.output.step(minimum_step(site, step_x * float(step_w.max()))))
+
+    def _gives_codes(self, site: Site) -> bool:
+        """Whether dividing by the output step is exact and nothing needs the real values."""
+        if site.output is None or site.output.grid.rounding != "half_up":
+            return False
+        limits = site.active_limits
+        dynamic = limits is not None and limits.output is not None and limits.output.kind != "static"
+        return site.output.grid.scale_kind == "power_of_two" and not dynamic
 
     def _integer_result(self, site: Site, prepared: Prepared, tag: Tag) -> IntegerResult:
         if site.output is None:

@@ -1,7 +1,7 @@
 """Targets as data: what each does differently."""
 
 from lightning_linger.core.errors import ConfigError, near_matches
-from lightning_linger.core.platform import Platform
+from lightning_linger.core.platform import Platform, register_platform
 
 
 def _luna(name: str, engine_name: str) -> Platform:
@@ -20,7 +20,7 @@ def _luna(name: str, engine_name: str) -> Platform:
 
 
 PLATFORMS: dict[str, Platform] = {
-    platform.name: platform
+    platform.name: register_platform(platform)
     for platform in (
         _luna("venusa", "venusA"),
         _luna("arcs", "arcs"),
@@ -36,6 +36,7 @@ PLATFORMS: dict[str, Platform] = {
             add="round_sum",
             dialect="qdq",
             engine_name="onnxruntime",
+            zero_point=128,
         ),
     )
 }
