@@ -41,7 +41,7 @@ def prepare_module(trainer: Any, module: Any, stage: str) -> None:
     check_example(batch)
     step = _step(module, stage)
     with _silent(module):
-        prepare_by(module, lambda: _run_step(step, batch))
+        prepare_by(module, lambda: _run_step(step, batch), stop_after_whole=True)
 
 
 def _forward(module: nn.Module, example: Any) -> Any:
@@ -99,7 +99,12 @@ def _loader(trainer: Any, stage: str) -> Any:
 
 @contextlib.contextmanager
 def _silent(module: Any) -> Iterator[None]:
-    """Swallow logging and put torchmetrics back, so that a step leaves no trace."""
+    """Swallow logging; put torchmetrics, and lists that a step appends to, back as they were."""
+    containers = {
+        name: (value, copy.copy(value))
+        for name, value in module.__dict__.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    }
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
     states = [_metric_state(metric) for metric in metrics]
     names = ("log", "log_dict")
@@ -112,6 +117,9 @@ def _silent(module: Any) -> Iterator[None]:
             module.__dict__.pop(name, None)
         for metric, state in zip(metrics, states, strict=True):
             metric.__dict__.update(state)
+        for value, before in containers.values():
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

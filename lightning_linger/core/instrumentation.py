@@ -148,7 +148,7 @@ class Frame:
         stack.pop()
         if stack:
             return None
-        return instrumentation.end(output)
+        return instrumentation.end(output, self.path)
 
 
 class Instrumentation(nn.Module):
@@ -278,13 +278,13 @@ class Instrumentation(nn.Module):
         )
         self._mode.__enter__()
 
-    def end(self, output: Any) -> Any:
+    def end(self, output: Any, path: str) -> Any:
         """Leave the mode. Integers become real values, which keep their tag."""
         self._mode.__exit__(None, None, None)
         for frame in self._frames.values():
             frame.invocations = 0
         if self.recorder is not None:
-            self.recorder.returned(output)
+            self.recorder.returned(output, whole=path == "")
             return None
         if self.switches.system == "integer" and self.switches.quantize:
             return tree_map_only(Tensor, _real_with_tag, output)

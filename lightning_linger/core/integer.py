@@ -1,14 +1,47 @@
 """Entering, leaving and changing the integer grid, as custom ops that every graph capture records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_linger.core.capture import capturing
 from lightning_linger.core.rounding import ROUNDINGS
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # float32 holds every integer below this magnitude.
 EXACT_FLOAT32 = 2**24
+
+
+class IntegerOp(Generic[P, R]):
+    """A function on integers that a graph capture records as one custom op.
+
+    Outside a capture the function is called as it is: the dispatcher's layers around a custom op
+    cost more than many of the kernels.
+    """
+
+    def __init__(self, name: str, function: Callable[P, R]) -> None:
+        self._function = function
+        self._op = torch.library.custom_op(name, function, mutates_args=())
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function, or record the op."""
+        run: Callable[P, R] = self._op if capturing() else self._function
+        return run(*args, **kwargs)
+
+    def register_fake(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Register what the op's result looks like, for captures."""
+        self._op.register_fake(function)
+        return function
+
+
+def integer_op(name: str) -> Callable[[Callable[P, R]], IntegerOp[P, R]]:
+    """Make a function an :class:`IntegerOp`, e.g. ``@integer_op("linger::conv")``."""
+    return lambda function: IntegerOp(name, function)
 
 
 def payload_dtype(bits: int) -> torch.dtype:
@@ -70,7 +103,7 @@ def wide(x: Tensor, bits: int) -> Tensor:
     return x.to(torch.float32 if bits <= 16 else torch.float64)
 
 
-@torch.library.custom_op("linger::quantize", mutates_args=())
+@integer_op("linger::quantize")
 def quantize(
     x: Tensor, scale: float, bits: int, low: int, high: int, rounding: str, platform: str
 ) -> Tensor:
@@ -86,11 +119,9 @@ def _(
     return x.new_empty(x.shape, dtype=payload_dtype(bits))
 
 
-@torch.library.custom_op("linger::dequantize", mutates_args=())
+@integer_op("linger::dequantize")
 def dequantize(x: Tensor, scale: float, platform: str) -> Tensor:
     """Return the real values ``x * scale`` in float32."""
-    if x.dtype == torch.int32:
-        return (x.double() * scale).float()
     return x.float().mul_(scale)
 
 
@@ -99,7 +130,7 @@ def _(x: Tensor, scale: float, platform: str) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("linger::requantize", mutates_args=())
+@integer_op("linger::requantize")
 def requantize(
     x: Tensor,
     scale_x: float,

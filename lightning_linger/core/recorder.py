@@ -22,15 +22,21 @@ if TYPE_CHECKING:
     from lightning_linger.core.instrumentation import Activation
 
 
+class WholeModelRan(BaseException):  # noqa: N818 - a signal, which no `except Exception` may catch
+    """The recorded model has returned; what its caller does next leaves traces only."""
+
+
 class Recorder:
     """Runs the torch functions of one forward as they are and notes the dataflow.
 
     Args:
         constants: ``id`` of every parameter and buffer of the model.
+        stop_after_whole: Raise :class:`WholeModelRan` once the model itself has returned.
     """
 
-    def __init__(self, constants: set[int]) -> None:
+    def __init__(self, constants: set[int], stop_after_whole: bool = False) -> None:
         self.run = Run()
+        self._stop_after_whole = stop_after_whole
         self._constants = constants
         self._values: dict[int, int] = {}
         # Recorded tensors are kept alive, so that an `id` is never reused.
@@ -85,9 +91,15 @@ class Recorder:
         )
         return result
 
-    def returned(self, output: Any) -> None:
-        """Note what an outermost module call returned."""
+    def returned(self, output: Any, whole: bool) -> None:
+        """Note what an outermost module call returned.
+
+        Raises:
+            WholeModelRan: If that was the whole model, and nothing after it is of interest.
+        """
         self.run.returned |= {self._spec(x).value for x in _tensors(output)}
+        if whole and self._stop_after_whole:
+            raise WholeModelRan
 
     def _refuse_lost_checkpoints(self, key: str, activation: Activation) -> None:
         if directly_checkpointed():

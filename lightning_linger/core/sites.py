@@ -90,6 +90,7 @@ class Site(nn.Module):
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         fold: The batch norm folded into this layer, if any.
+        completes_fold: For a batch norm: the layer before it has taken it in.
         merged: For an activation: its clamping happens in the quantizer before it.
         limits: Range limits of the constrained float stage.
         why_float: Why the site is not quantized, if so.
@@ -111,6 +112,7 @@ class Site(nn.Module):
         self.inputs = nn.ModuleDict()
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
+        self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
         self.why_float: str | None = None
@@ -143,7 +145,9 @@ class Site(nn.Module):
         switches = self.switches
         if switches.quantize and self.config is not None and switches.system != "float" and self.ready:
             return switches.system
-        if (switches.fuse and self.fold is not None) or (switches.normalize and self.limits):
+        if switches.fuse and (self.fold is not None or self.completes_fold):
+            return "float"
+        if switches.normalize and self.limits is not None:
             return "float"
         return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.integer import payload_dtype
+from lightning_linger.core.integer import integer_op, payload_dtype
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
@@ -25,7 +25,7 @@ class ClampCall(NamedTuple):
     supported: bool = True
 
 
-@torch.library.custom_op("linger::clamp", mutates_args=())
+@integer_op("linger::clamp")
 def integer_clamp(x: Tensor, low: int, high: int, bits: int, platform: str) -> Tensor:
     """Clamp codes into ``[low, high]``; the scale stays."""
     return x.clamp(low, high)

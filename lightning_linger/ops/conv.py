@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lightning_linger.core.integer import is_power_of_two, multiplier, payload_dtype, rescale
+from lightning_linger.core.integer import integer_op, is_power_of_two, multiplier, payload_dtype, rescale
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
@@ -59,7 +59,7 @@ def convolve(
     return out  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("linger::conv", mutates_args=())
+@integer_op("linger::conv")
 def integer_conv(
     x: Tensor,
     weight: Tensor,

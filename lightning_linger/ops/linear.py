@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lightning_linger.core.integer import payload_dtype
+from lightning_linger.core.integer import integer_op, payload_dtype
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.conv import exact_shift, finish_accumulator, in_codes
@@ -24,7 +24,7 @@ class LinearCall(NamedTuple):
     bias: Tensor | None = None
 
 
-@torch.library.custom_op("linger::linear", mutates_args=())
+@integer_op("linger::linear")
 def integer_linear(
     x: Tensor,
     weight: Tensor,

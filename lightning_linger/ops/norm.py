@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import capturing
-from lightning_linger.core.fake_quantize import fake_quantize
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
     code_limits,
+    integer_op,
     payload_dtype,
 )
 from lightning_linger.core.limits import limited
-from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
@@ -29,7 +28,7 @@ from lightning_linger.ops.folding import (
     normalize_scaled,
     update_running,
 )
-from lightning_linger.ops.weighted import finish, minimum_step
+from lightning_linger.ops.weighted import finish, minimum_step, on_grid
 
 
 class BatchNormCall(NamedTuple):
@@ -46,7 +45,7 @@ class BatchNormCall(NamedTuple):
     cudnn_enabled: bool = True
 
 
-@torch.library.custom_op("linger::scale_shift", mutates_args=())
+@integer_op("linger::scale_shift")
 def integer_scale_shift(
     x: Tensor,
     weight: Tensor,
@@ -269,9 +268,9 @@ class BatchNormOp(Op):
         assert site.config is not None
         absmax = alpha.detach().abs().float()
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
-        alpha = fake_quantize(alpha, readable(step_a, alpha), grid.qmin, grid.qmax, grid.rounding)
-        step_b = readable(step_a * step_x, beta)
-        beta = fake_quantize(beta, step_b, *code_limits(site.config.bias_bits), grid.rounding)
+        alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
+        limits_b = code_limits(site.config.bias_bits)
+        beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
         return alpha, beta, step_a
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import can_read, capturing
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import EXACT_FLOAT32, code_limits, payload_dtype
 from lightning_linger.core.limits import limited
@@ -253,14 +253,10 @@ class WeightedOp(Op):
         step_w = self._weight_step(site, call, weight.detach(), grid)
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
-        weight = fake_quantize(
-            weight, readable(steps, weight), grid.qmin, grid.qmax, grid.rounding
-        )
+        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), grid.rounding)
         if bias is not None:
-            step_b = readable(step_w * step_x, bias)
-            bias = fake_quantize(
-                bias, step_b, *code_limits(site.config.bias_bits), grid.rounding
-            )
+            limits_b = code_limits(site.config.bias_bits)
+            bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
         return Parameters(weight, bias, step_w)
 
     def _weight_step(self, site: Site, call: Any, weight: Tensor, grid: Grid) -> Scalar:
@@ -399,6 +395,16 @@ class IntegerResult:
     low: int
     high: int
     tag: Tag | None
+
+
+def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str) -> Tensor:
+    """Round a parameter to its grid with the gradient of the identity.
+
+    The range of a parameter is its own absolute maximum: nothing is clipped that a gradient should
+    be kept from.
+    """
+    rounded = fake_quantize(x.detach(), readable(step, x), *limits, rounding)
+    return straight_through(rounded, x)
 
 
 def minimum_step(site: Site, product: Scalar | None) -> Scalar | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
-
 from torch import nn
 
 from lightning_linger.core.config import FuseConfig, FuseMode
@@ -44,10 +42,14 @@ def plan_fuse_bn(
     layers = [site for site in instrumentation.sites if isinstance(site.op, WeightedOp)]
     for pattern in modules or ():
         _require_match(pattern, [site.node.owner for site in layers])
+    for site in instrumentation.sites:
+        site.completes_fold = False
     for site in layers:
         chosen = modules is None or any(_covers(pattern, site.node.owner) for pattern in modules)
-        batch_norm = _foldable(instrumentation, site) if chosen else None
-        site.__dict__["fold"] = batch_norm
+        follower = _foldable(instrumentation, site) if chosen else None
+        site.__dict__["fold"] = follower.owner if follower is not None else None
+        if follower is not None:
+            follower.completes_fold = True
     return model
 
 
@@ -61,21 +63,20 @@ def switch_fuse_bn(model: nn.Module, on: bool, mode: FuseMode | None = None) -> 
     return model
 
 
-def _foldable(instrumentation: Instrumentation, site: Site) -> nn.Module | None:
-    """Return the batch norm module that reads only this layer's result, and that alone reads it."""
+def _foldable(instrumentation: Instrumentation, site: Site) -> Site | None:
+    """Return the batch norm that alone reads this layer's result, if it can be folded."""
     consumer = instrumentation.graph.sole_consumer(site.key)
     if consumer is None or consumer.op != "batch_norm" or consumer.key not in instrumentation:
         return None
     follower = instrumentation.find(consumer.key)
-    batch_norm: Any = follower.owner
-    if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(follower.owner, nn.modules.batchnorm._BatchNorm):
         return None
     if follower.op.obstacle(follower.op.bind(*follower.node.args, **follower.node.kwargs)):
         return None
     if site.op.kind == "linear" and len(site.node.outputs[0].shape) != 2:
         # The channels of a linear layer are its last dimension, those of a batch norm the second.
         return None
-    return batch_norm
+    return follower
 
 
 def _covers(pattern: str, path: str) -> bool:

@@ -20,7 +20,7 @@ from lightning_linger.core.instrumentation import (
     Instrumentation,
     is_prepared,
 )
-from lightning_linger.core.recorder import Recorder
+from lightning_linger.core.recorder import Recorder, WholeModelRan
 
 
 def prepare(
@@ -56,14 +56,25 @@ def prepare(
     return prepare_by(model, lambda: model(*example_inputs, **(example_kwargs or {})))
 
 
-def prepare_by(model: nn.Module, forward: Callable[[], Any]) -> nn.Module:
-    """Find the sites by running ``forward``, which calls the model or some of its submodules."""
+def prepare_by(
+    model: nn.Module, forward: Callable[[], Any], stop_after_whole: bool = False
+) -> nn.Module:
+    """Find the sites by running ``forward``, which calls the model or some of its submodules.
+
+    Args:
+        model: Instrumented in place.
+        forward: For example a training step.
+        stop_after_whole: Leave ``forward`` as soon as the model itself has returned.
+    """
     if is_prepared(model):
         msg = "the model is prepared already. Call `linger.strip(model)` to start over."
         raise ConfigError(msg)
     instrumentation = Instrumentation(model)
     try:
-        runs = [_record(model, instrumentation, forward, training) for training in (False, True)]
+        runs = [
+            _record(model, instrumentation, forward, training, stop_after_whole)
+            for training in (False, True)
+        ]
         instrumentation.create_sites(Graph(runs), model)
         if not instrumentation.sites:
             msg = (
@@ -114,9 +125,10 @@ def _record(
     instrumentation: Instrumentation,
     forward: Callable[[], Any],
     training: bool,
+    stop_after_whole: bool,
 ) -> Run:
     constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    recorder = Recorder(constants)
+    recorder = Recorder(constants, stop_after_whole)
     with no_trace(model):
         for module in model.modules():
             # Batch norms stay in evaluation mode: any batch size works and statistics stay put.
@@ -124,7 +136,8 @@ def _record(
             module.training = training and not keeps_statistics
         instrumentation.recorder = recorder
         try:
-            forward()
+            with contextlib.suppress(WholeModelRan):
+                forward()
         finally:
             instrumentation.recorder = None
     return recorder.run

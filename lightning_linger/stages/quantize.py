@@ -134,7 +134,7 @@ class _Planner:
     def _plan(self, site: Site, node: Node, on_grid: set[int]) -> bool:
         """Plan one site; return whether its result is on the grid."""
         call = site.op.bind(*node.args, **_without_inplace(node.kwargs))
-        if isinstance(site.op, BatchNormOp) and self._is_folded(node):
+        if site.completes_fold:
             return self._complete_folded(site, node)
         fields, reason = self.selection.resolve(self.model, site)
         operands = [x for x in site.op.operands(call) if isinstance(x, TensorSpec)]
@@ -169,9 +169,6 @@ class _Planner:
         if self.graph.is_aliased(site.key):
             return f"works in place on a value read again under its old name at {site.node.location}"
         return None
-
-    def _is_folded(self, node: Node) -> bool:
-        return self._folded_layer(node) is not None
 
     def _folded_layer(self, node: Node) -> Site | None:
         for site in self.instrumentation.sites:
