@@ -1,4 +1,7 @@
-"""From float training to an integer model that onnxruntime runs, on scikit-learn's digits.
+"""From float training to integer models that run elsewhere, on scikit-learn's digits.
+
+Trains one small residual network for two targets: LISTENAI's venusA (power-of-two scales, the
+`linger` ONNX dialect) and onnxruntime (free scales, the `qdq` dialect).
 
 Run with `python examples/digits.py`. Needs `pip install "lightning-linger[examples]"`.
 """
@@ -8,11 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +30,7 @@ from lightning_linger.callbacks import (
     QuantErrorCallback,
     QuantizeCallback,
 )
-
-CONSTRAIN_AT, QUANTIZE_AT = 4, 8
+from lightning_linger.export.verify import engine_of
 
 
 class Block(nn.Module):
@@ -52,6 +55,7 @@ class Digits(pl.LightningModule):
     def __init__(self, learning_rate: float = 2e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.example_input_array = torch.zeros(1, 1, 8, 8)
         self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         self.block1 = Block(16)
@@ -110,52 +114,56 @@ class DigitsData(pl.LightningDataModule):
 class StageAccuracy(pl.Callback):
     """Keeps the last validation accuracy of each stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, constrain_at: int, quantize_at: int) -> None:
+        self.ends = {"float": constrain_at, "constrained": quantize_at}
         self.accuracy: dict[str, float] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         epoch = trainer.current_epoch
-        stages = {"float": CONSTRAIN_AT, "constrained": QUANTIZE_AT}
-        stage = next((name for name, end in stages.items() if epoch < end), "QAT")
+        stage = next((name for name, end in self.ends.items() if epoch < end), "QAT")
         self.accuracy[stage] = float(trainer.callback_metrics["val_accuracy"])
 
 
-def run_onnxruntime(path: Path, images: Tensor) -> Tensor:
-    """Run an exported model on a batch."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    return torch.from_numpy(np.asarray(output))
+# Each target reads one dialect of ONNX.
+TARGETS = {"venusa": "linger", "onnxruntime": "qdq"}
 
 
-def main(out: Path, epochs: int, platform: str) -> dict[str, float]:
-    """Train, prove, export, and print what came of it."""
+def run_exported(path: Path, dialect: str, images: Tensor) -> Tensor:
+    """Run an exported file image by image: a `linger` file as integers, a `qdq` in onnxruntime."""
+    engine = engine_of(path, dialect)
+    return torch.cat([torch.from_numpy(engine([x.numpy()])[0]) for x in images.split(1)])
+
+
+def train(platform: str, out: Path, epochs: int) -> dict[str, float]:
+    """Train for one platform; return accuracies, and how many output elements differ."""
+    dialect = TARGETS[platform]
     pl.seed_everything(0, verbose=False)
-    data, model, stages = DigitsData(), Digits(), StageAccuracy()
-    logger = TensorBoardLogger(out, name="tensorboard")
+    constrain_at, quantize_at = epochs // 3, 2 * epochs // 3
+    data, model = DigitsData(), Digits()
+    stages = StageAccuracy(constrain_at, quantize_at)
+    onnx_path = out / f"digits.{dialect}.onnx"
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=logger,
+        logger=TensorBoardLogger(out, name="tensorboard", version=platform),
         log_every_n_steps=5,
         default_root_dir=out,
+        enable_checkpointing=False,
+        enable_model_summary=False,
         callbacks=[
-            FuseBNCallback(at_epoch=CONSTRAIN_AT),
-            NormalizeCallback(at_epoch=CONSTRAIN_AT, weight=8.0, bias=8.0, output=8.0),
-            QuantizeCallback(at_epoch=QUANTIZE_AT, platform=platform),
+            FuseBNCallback(at_epoch=constrain_at),
+            NormalizeCallback(at_epoch=constrain_at, weight=8.0, bias=8.0, output=8.0),
+            QuantizeCallback(at_epoch=quantize_at, platform=platform),
             IntegerValidatorCallback(),
             QuantErrorCallback(),
-            ONNXExportCallback(out / "digits.linger.onnx", dialect="linger"),
-            ONNXExportCallback(out / "digits.qdq.onnx", dialect="qdq"),
+            ONNXExportCallback(onnx_path, dialect=dialect),
             stages,
         ],
     )
     trainer.fit(model, data)
-    checkpoint = out / "digits.ckpt"
-    trainer.save_checkpoint(checkpoint)
+    trainer.save_checkpoint(out / f"digits.{platform}.ckpt")
 
     model.eval()
     images, labels = data.test.tensors
@@ -163,24 +171,36 @@ def main(out: Path, epochs: int, platform: str) -> dict[str, float]:
         fake = model(images)
         with linger.integer(model):
             integer = model(images)
-    onnx = run_onnxruntime(out / "digits.qdq.onnx", images)
+    exported = run_exported(onnx_path, dialect, images)
 
     results = dict(stages.accuracy)
-    for name, logits in (("QAT", fake), ("integer", integer), ("onnxruntime", onnx)):
+    for name, logits in (("QAT", fake), ("integer", integer), ("exported", exported)):
         results[name] = (logits.argmax(1) == labels).float().mean().item()
-    results["mismatches"] = float((fake != integer).sum() + (integer != onnx).sum())
+    results["fake_vs_integer"] = float((fake != integer).sum())
+    results["integer_vs_exported"] = float((integer != exported).sum())
+    return results
 
-    print(f"\n{'stage':<14}accuracy")
-    for name in ("float", "constrained", "QAT", "integer", "onnxruntime"):
-        if name in results:
-            print(f"{name:<14}{100 * results[name]:.2f} %")
-    total = fake.numel()
-    print(f"\nelements that differ on the {len(labels)} test images ({total} logits):")
-    print(f"  fake-quant and integer:    {int((fake != integer).sum())}")
-    print(f"  integer and onnxruntime:   {int((integer != onnx).sum())}")
-    print(f"\nONNX:        {out / 'digits.linger.onnx'}, {out / 'digits.qdq.onnx'}")
-    print(f"checkpoint:  {checkpoint}")
-    print(f"dashboards:  tensorboard --logdir {out}")
+
+def main(out: Path, epochs: int) -> dict[str, dict[str, float]]:
+    """Train, prove and export for every target, and print what came of it."""
+    results = {platform: train(platform, out, epochs) for platform in TARGETS}
+    table = Table("accuracy", *TARGETS, title="scikit-learn digits, 450 test images")
+    for stage in ("float", "constrained", "QAT", "integer", "exported"):
+        accuracies = (results[platform].get(stage) for platform in TARGETS)
+        label = "exported ONNX" if stage == "exported" else stage
+        table.add_row(label, *("-" if a is None else f"{100 * a:.2f} %" for a in accuracies))
+    table.add_section()
+    for name in ("fake_vs_integer", "integer_vs_exported"):
+        label = f"logits that differ, {name.replace('_vs_', ' and ').replace('fake', 'QAT')}"
+        table.add_row(label, *(f"{results[platform][name]:.0f} of 4500" for platform in TARGETS))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"The exported ONNX runs as integers of the engine and in onnxruntime. Files: {out}"
+    )
+    for platform, dialect in TARGETS.items():
+        console.print(f"  {platform}: digits.{dialect}.onnx, digits.{platform}.ckpt")
+    console.print(f"Dashboards: tensorboard --logdir {out / 'tensorboard'}")
     return results
 
 
@@ -188,6 +208,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--platform", default="venusa")
     arguments = parser.parse_args()
-    main(arguments.out, arguments.epochs, arguments.platform)
+    main(arguments.out, arguments.epochs)

@@ -13,6 +13,7 @@ from lightning_linger.core.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
+from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
@@ -36,6 +37,7 @@ __all__ = [
     "NonFiniteError",
     "NormalizeConfig",
     "NotReadyError",
+    "OnnxIntegerRunner",
     "QuantConfig",
     "QuantizationWarning",
     "UnsupportedError",
@@ -44,6 +46,7 @@ __all__ = [
     "disable_normalize",
     "disable_quant",
     "divergence",
+    "export_onnx",
     "fuse_bn",
     "integer",
     "normalize",

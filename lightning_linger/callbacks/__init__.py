@@ -3,6 +3,7 @@
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
 from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
 from lightning_linger.callbacks.normalize import NormalizeCallback
+from lightning_linger.callbacks.onnx_export import ONNXExportCallback
 from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
 
@@ -10,6 +11,7 @@ __all__ = [
     "FuseBNCallback",
     "IntegerValidatorCallback",
     "NormalizeCallback",
+    "ONNXExportCallback",
     "QuantErrorCallback",
     "QuantizeCallback",
 ]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
 
 def _installed() -> list[Any]:
-    found = []
-    for name in _NAMESPACES:
-        try:
-            found.append(importlib.import_module(name))
-        except ImportError:
-            continue
+    found = [name for name in _NAMESPACES if _exists(name)]
     if not found:
-        msg = (
-            "lightning-linger's callbacks need Lightning. Install `pytorch-lightning` or `lightning`."
-        )
+        msg = "lightning_linger.callbacks needs `pytorch-lightning` or `lightning`. Install one."
         raise ImportError(msg)
-    return found
+    return [importlib.import_module(name) for name in found]
+
+
+def _exists(name: str) -> bool:
+    return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
 NAMESPACES = _installed()

@@ -33,7 +33,8 @@ def prepare_module(trainer: Any, module: Any, stage: str) -> None:
         return
     if not module.automatic_optimization:
         msg = (
-            "With manual optimization the sites cannot be found by running `training_step`. " + _HINT
+            "With manual optimization the sites cannot be found by running `training_step`. "
+            + _HINT
         )
         raise misconfiguration(msg)
     with no_trace(module):
@@ -133,4 +134,3 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-

@@ -75,7 +75,8 @@ class IntegerValidatorCallback(ReplayCallback):
         unready = _unready(pl_module)
         if unready:
             _print(
-                f"{len(unready)} sites have seen no range and ran in float: {', '.join(unready[:5])}"
+                f"{len(unready)} sites have seen no range and ran in float: "
+                f"{', '.join(unready[:5])}"
             )
 
     def _table(self) -> str:

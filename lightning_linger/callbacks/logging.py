@@ -8,8 +8,6 @@ from typing import Any
 from lightning_linger.callbacks._compat import is_tensorboard
 
 
-
-
 def log_values(trainer: Any, values: Mapping[str, float]) -> None:
     """Write values to every logger in one call each; loggers do nothing on other ranks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
-from lightning_linger.export import DIALECTS, export_onnx
+from lightning_linger.export.dialects import dialect_of
+from lightning_linger.export.exporter import export_onnx
+from lightning_linger.export.verify import can_run, engine_of
 from lightning_linger.simulate.integer import integer
 
 
@@ -46,9 +48,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
         verify: bool = True,
     ) -> None:
         super().__init__()
-        if dialect not in DIALECTS:
-            msg = f"`dialect` must be one of {sorted(DIALECTS)}. Found: {dialect!r}."
-            raise ConfigError(msg)
+        dialect = dialect_of(dialect).name
         epochs = [at_epoch] if isinstance(at_epoch, int) else at_epoch
         if epochs is not None and any(not isinstance(e, int) or e < 0 for e in epochs):
             msg = f"`at_epoch` holds non-negative integers. Found: {at_epoch!r}."
@@ -150,19 +150,22 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
     def _verify(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path
     ) -> int | None:
-        if self.dialect == "qdq" and importlib.util.find_spec("onnxruntime") is None:
+        if not can_run(self.dialect):
             return None
         training = target.training
         target.eval()
         try:
             with torch.no_grad(), integer(target):
-                expected = [x for x in tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+                expected = [
+                    x for x in tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)
+                ]
         finally:
             target.train(training)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        found = DIALECTS[self.dialect].run(path, [x.cpu().numpy() for x in inputs])
+        found = engine_of(path, self.dialect)([x.cpu().numpy() for x in inputs])
         mismatches = sum(
-            int((x.cpu() != torch.from_numpy(y)).sum()) for x, y in zip(expected, found, strict=True)
+            int((x.cpu() != torch.from_numpy(y)).sum())
+            for x, y in zip(expected, found, strict=True)
         )
         if mismatches:
             warnings.warn(
@@ -188,6 +191,4 @@ class _Part(nn.Module):
 
 
 def _writable(folder: Path) -> bool:
-    import os
-
     return os.access(folder, os.W_OK)

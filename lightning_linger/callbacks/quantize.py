@@ -100,8 +100,8 @@ class QuantizeCallback(StageCallback):
             shown = ", ".join(f"`{site.key}` ({site.why_float})" for site in left[:5])
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             warnings.warn(
-                f"{len(left)} sites stay float: {shown}{more}. `print(linger.summary(model))` lists "
-                "them all.",
+                f"{len(left)} sites stay float: {shown}{more}. `print(linger.summary(model))` "
+                "lists them all.",
                 QuantizationWarning,
                 stacklevel=2,
             )

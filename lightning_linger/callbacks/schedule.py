@@ -44,8 +44,8 @@ class Schedule:
         self.end_epoch = end_epoch
         if end_epoch is not None and self.at_epoch is not None and end_epoch <= self.at_epoch:
             msg = (
-                f"`end_epoch` ({end_epoch}) must come after `at_epoch` ({self.at_epoch}): the stage "
-                "would never be on."
+                f"`end_epoch` ({end_epoch}) must come after `at_epoch` ({self.at_epoch}): the "
+                "stage would never be on."
             )
             raise ConfigError(msg)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from lightning_linger.callbacks._compat import Callback, misconfiguration
@@ -52,7 +53,7 @@ class StageCallback(Callback):  # type: ignore[misc]
         if stages[0] is not self:
             return
         _check_order(trainer, stages)
-        if type(pl_module).configure_model is not _base_configure_model(pl_module):
+        if _overrides_configure_model(pl_module):
             pl_module.configure_model()
         plans = {type(callback).__name__: callback.describe() for callback in stages}
         prepare_module(trainer, pl_module, stage)
@@ -108,7 +109,7 @@ def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
             raise misconfiguration(msg)
         by_order[callback.order] = callback
     ordered = [by_order[order] for order in sorted(by_order)]
-    for early, late in zip(ordered, ordered[1:], strict=False):
+    for early, late in pairwise(ordered):
         first, second = early.schedule.at_epoch, late.schedule.at_epoch
         if first is not None and second is not None and first > second:
             msg = (
@@ -119,8 +120,6 @@ def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
             raise misconfiguration(msg)
 
 
-def _base_configure_model(module: Any) -> Any:
-    for base in type(module).__mro__:
-        if base.__name__ == "LightningModule":
-            return base.configure_model
-    return None
+def _overrides_configure_model(module: Any) -> bool:
+    definer = next(base for base in type(module).__mro__ if "configure_model" in base.__dict__)
+    return not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))

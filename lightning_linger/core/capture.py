@@ -6,7 +6,8 @@ from torch import Tensor
 
 def capturing() -> bool:
     """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records this forward."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing: bool = torch._C._get_tracing_state() is not None
+    return tracing or torch.compiler.is_compiling()
 
 
 def can_read(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen configuration dataclasses. Every field is a plain value, so YAML and a CLI can write it."""
+"""Frozen configuration dataclasses. Every field is a plain value that YAML can hold."""
 
 import dataclasses
 import math
@@ -71,7 +71,8 @@ class QuantConfig:
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
         """Return a copy with some fields replaced, after checking their names."""
-        return override(self, fields)
+        changed: QuantConfig = override(self, fields)
+        return changed
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class NormalizeConfig:
 
     def override(self, fields: dict[str, Any]) -> "NormalizeConfig":
         """Return a copy with some fields replaced, after checking their names."""
-        return override(self, fields)
+        changed: NormalizeConfig = override(self, fields)
+        return changed
 
 
 @dataclass(frozen=True)

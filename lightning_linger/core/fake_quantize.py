@@ -76,8 +76,8 @@ def fake_quantize(
 ) -> Tensor:
     """Return ``step * clamp(round(x / step), low, high)``.
 
-    The gradient is the straight-through one inside the clipping range and zero outside. For grids of
-    128 codes and more the mask is taken from the *output*, whose two end codes count as clipped:
+    The gradient is the straight-through one inside the clipping range and zero outside. For grids
+    of 128 codes and more the mask is taken from the *output*, whose two end codes count as clipped:
     the output is what the next layer saves anyway, so nothing extra is kept for backward (LISTENAI
     linger's CUDA kernels use this rule). Coarser grids keep the input, where losing two codes of
     four would hurt.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the universal alias
+import torch.nn.functional as F
 
 TorchFunction = Callable[..., Any]
 
@@ -140,6 +140,7 @@ def _mutating() -> Iterator[TorchFunction]:
 
 # In-place by name, but they leave the values alone.
 _NOT_MUTATING = {"requires_grad_", "detach_", "rename_", "share_memory_", "__init__", "__index__"}
+
 
 def _queries() -> Iterator[TorchFunction]:
     for name in (

@@ -70,9 +70,7 @@ class Run:
 
     def consumers(self, value: int) -> list[str]:
         """Return the keys of the nodes that read a value, ``OUTPUT`` where it is returned."""
-        keys = [
-            node.key for node in self.nodes if any(spec.value == value for spec in node.inputs)
-        ]
+        keys = [node.key for node in self.nodes if any(spec.value == value for spec in node.inputs)]
         return keys + [OUTPUT] * (value in self.returned)
 
 
@@ -99,7 +97,7 @@ class Graph:
         return self._nodes[key]
 
     def sole_consumer(self, key: str) -> Node | None:
-        """Return the one node that reads the result of ``key`` in every run, None if none or many."""
+        """Return the only node that reads the result of ``key`` in every run, if there is one."""
         found: set[str] = set()
         for run in self.runs:
             for node in run.nodes:

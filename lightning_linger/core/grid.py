@@ -35,7 +35,7 @@ class Grid:
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
             msg = f"bits must be an integer from {MIN_BITS} to {MAX_BITS}. Found: {self.bits!r}."
             raise ConfigError(msg)
         if self.rounding not in ROUNDINGS:
@@ -48,19 +48,19 @@ class Grid:
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1)) + int(self.narrow)
+        return -(1 << (self.bits - 1)) + int(self.narrow)
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return int(2 ** (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def step(self, absmax: Tensor) -> Tensor:
-        """Return the step that covers ``[-absmax, absmax]`` (elementwise; zero gives a neutral one).
+        """Return the step that covers ``[-absmax, absmax]``, elementwise; zero gives a neutral one.
 
-        A power-of-two step is the smallest ``2^e`` with ``absmax <= 2^(bits-1) * 2^e``: a range that
-        is itself a power of two (the usual range limit) keeps every bit, at the price of half a step
-        at the very top. A free step is ``absmax / (2^(bits-1) - 1)``.
+        A power-of-two step is the smallest ``2^e`` with ``absmax <= 2^(bits-1) * 2^e``: a range
+        that is itself a power of two (the usual range limit) keeps every bit, at the price of one
+        code at the very top. A free step is ``absmax / (2^(bits-1) - 1)``.
         """
         absmax = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
         if self.scale_kind == "free":

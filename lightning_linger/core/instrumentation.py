@@ -171,7 +171,7 @@ class Instrumentation(nn.Module):
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
-        self._mode = _Mode(self)
+        self._mode: Any = _Mode(self)
         # What the callbacks planned with, to recognise a model that is set up already.
         self.plans: dict[str, Any] | None = None
         self._warned: set[str] = set()
@@ -185,7 +185,8 @@ class Instrumentation(nn.Module):
                 module.register_forward_pre_hook(frame.enter, with_kwargs=True),
                 module.register_forward_hook(frame.exit, always_call=True),
             ]
-        self.register_load_state_dict_pre_hook(_keep_what_is_missing)
+        register: Any = self.register_load_state_dict_pre_hook
+        register(_keep_what_is_missing)
         self.train(root.training)
 
     @property
@@ -378,7 +379,6 @@ class Instrumentation(nn.Module):
             drop_tag(args[0])
         return result
 
-
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a question about a tensor; integers answer as the real values they stand for."""
         if self.switches.system == "integer" and args:
@@ -411,8 +411,8 @@ def _out_of_place(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_redirected_step(module: nn.Module) -> bool:
-    # Under DDP, Lightning sends the whole `training_step` through a temporary `forward`. The model's
-    # own calls inside it start the instrumented forward, so that losses and metrics stay outside.
+    # Under DDP, Lightning sends the whole `training_step` through a temporary `forward`. The calls
+    # the step makes start the instrumented forward, so that losses and metrics stay outside.
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
 

@@ -1,4 +1,4 @@
-"""Entering, leaving and changing the integer grid, as custom ops that every graph capture records."""
+"""Entering, leaving and changing the integer grid, as ops that every graph capture records."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, ParamSpec, TypeVar
@@ -53,7 +53,7 @@ def payload_dtype(bits: int) -> torch.dtype:
 
 def code_limits(bits: int) -> tuple[int, int]:
     """Return the smallest and the largest code of a width."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def is_power_of_two(x: float) -> bool:
@@ -75,7 +75,8 @@ def rescale(acc: Tensor, ratio: Tensor | float, low: int, high: int, rounding: s
     scaled = acc.mul_(ratio)
     if rounding == "half_up":
         return scaled.add_(0.5).floor_().clamp_(low, high)
-    return ROUNDINGS[rounding](scaled).clamp_(low, high)
+    codes: Tensor = ROUNDINGS[rounding](scaled)
+    return codes.clamp_(low, high)
 
 
 def multiplier(scale_a: float, scale_b: Sequence[float], scale_o: float) -> Tensor:

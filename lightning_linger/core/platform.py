@@ -1,4 +1,4 @@
-"""What a target does differently, as data. The targets themselves are in `lightning_linger.platforms`."""
+"""What a target does differently, as data; the targets are in `lightning_linger.platforms`."""
 
 from dataclasses import dataclass
 

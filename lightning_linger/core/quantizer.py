@@ -129,9 +129,7 @@ class Quantizer(nn.Module):
             self.observe(values, cap)
         return self.round(values, self.step(minimum), x.dtype)
 
-    def round(
-        self, values: Tensor, step: Scalar, dtype: torch.dtype, clamp: bool = True
-    ) -> Tensor:
+    def round(self, values: Tensor, step: Scalar, dtype: torch.dtype, clamp: bool = True) -> Tensor:
         """Round to the grid with a given step and tag the result, whose dtype becomes ``dtype``."""
         usable = readable(step, values)
         low, high = self.code_bounds(usable, clamp)
@@ -161,7 +159,7 @@ class Quantizer(nn.Module):
 
 
 def readable(step: Scalar, x: Tensor) -> Scalar:
-    """Return a CPU step as a float (the fused kernel), leave it a tensor on a GPU or in a capture."""
+    """Return a step as a float where it can be read, which the fused kernel needs."""
     if isinstance(step, Tensor) and can_read(step):
         return float(step.item()) if step.numel() == 1 else step
     return step

@@ -54,7 +54,7 @@ class RangeEstimator(nn.Module):
 
     @property
     def known(self) -> bool:
-        """Whether the range comes from data or was given, so that a scale may be derived from it."""
+        """Whether the range was given or comes from data, so that it makes a scale."""
         return self._known
 
     @property
@@ -105,7 +105,7 @@ class RangeEstimator(nn.Module):
             self._observe_tensors(batch, low, high)
 
     def _observe_values(self, batch: Tensor, low: float, high: float) -> None:
-        """Move the range with the values at hand: few tensor operations, and a warning if needed."""
+        """Move the range with the values at hand: few operations, and a warning if needed."""
         lowest, highest = batch.tolist()
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             warnings.warn(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_linger.core.instrumentation import Activation
 
 
-class WholeModelRan(BaseException):  # noqa: N818 - a signal, which no `except Exception` may catch
+class WholeModelRan(BaseException):
     """The recorded model has returned; what its caller does next leaves traces only."""
 
 
@@ -143,4 +143,3 @@ class Recorder:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-

@@ -10,7 +10,7 @@ Rounding = Literal["half_up", "half_even", "half_away", "floor", "ceil"]
 
 
 def half_up(x: Tensor) -> Tensor:
-    """Round to the nearest integer, ties towards plus infinity: ``floor(x + 0.5)`` (LUNA engines)."""
+    """Round to the nearest integer, ties upwards: ``floor(x + 0.5)`` (LUNA engines)."""
     return torch.floor(x + 0.5)
 
 

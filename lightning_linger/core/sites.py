@@ -141,9 +141,14 @@ class Site(nn.Module):
         return all(quantizer.known for quantizer in self.quantizers())
 
     def system(self) -> str | None:
-        """Return the number system in which the site runs now, None for the plain torch function."""
+        """Return the number system the site runs in now, None for the plain torch function."""
         switches = self.switches
-        if switches.quantize and self.config is not None and switches.system != "float" and self.ready:
+        if (
+            switches.quantize
+            and self.config is not None
+            and switches.system != "float"
+            and self.ready
+        ):
             return switches.system
         if switches.fuse and (self.fold is not None or self.completes_fold):
             return "float"
@@ -154,8 +159,8 @@ class Site(nn.Module):
     @property
     def active_fold(self) -> nn.Module | None:
         """The batch norm to fold now, None while folding is off."""
-        fold: nn.Module | None = self.fold if self.switches.fuse else None
-        return fold
+        fold: Any = self.__dict__["fold"]
+        return fold if self.switches.fuse else None
 
     @property
     def active_limits(self) -> Limits | None:
@@ -209,7 +214,13 @@ class Site(nn.Module):
         else:
             codes = integer_codes(x)
             y = requantize(
-                codes, float(tag.step), float(step), tag.bits, bits, self.rounding, self.platform_name
+                codes,
+                float(tag.step),
+                float(step),
+                tag.bits,
+                bits,
+                self.rounding,
+                self.platform_name,
             )
         return with_tag(y, dataclasses.replace(tag, step=step, bits=bits, site=self.key))
 

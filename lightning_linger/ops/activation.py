@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.integer import integer_op, payload_dtype
+from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
@@ -49,7 +49,8 @@ class ClampOp(Op):
     def bind(self, *args: Any, **kwargs: Any) -> ClampCall:
         """Bind the arguments of any of the functions."""
         kwargs.pop("inplace", None)
-        return _BINDERS[self.kind](*args, **kwargs)
+        call: ClampCall = _BINDERS[self.kind](*args, **kwargs)
+        return call
 
     def obstacle(self, call: ClampCall) -> str | None:
         """Bounds that are tensors have no place in the quantizer's edges."""
@@ -82,7 +83,7 @@ class ClampOp(Op):
 
 
 def _edge_code(edge: float, step: float, bits: int) -> int:
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = code_limits(bits)
     if math.isinf(edge):
         return low if edge < 0 else high
     return max(low, min(high, math.floor(edge / step + 0.5)))

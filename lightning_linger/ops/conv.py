@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.integer import integer_op, is_power_of_two, multiplier, payload_dtype, rescale
+from lightning_linger.core.integer import (
+    integer_op,
+    is_power_of_two,
+    multiplier,
+    payload_dtype,
+    rescale,
+)
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
@@ -106,7 +112,7 @@ def integer_conv(
         platform: Name of the target.
         exact_in_float32: Whether no accumulator can reach 2^24; else float64 accumulates.
     """
-    geometry = (stride, padding, dilation, groups, transposed, output_padding)
+    geometry: tuple[Any, ...] = (stride, padding, dilation, groups, transposed, output_padding)
     shift = exact_shift(scale_x, scale_w, scale_o, rounding) if exact_in_float32 else None
     if shift is not None:
         channels = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -246,7 +252,8 @@ class ConvOp(WeightedOp):
         uneven = False
         if isinstance(padding, str):
             kernel = tuple(weight.shape[2:])
-            total = tuple(d * (k - 1) if padding == "same" else 0 for d, k in zip(spread, kernel))
+            reach = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
+            total = reach if padding == "same" else [0] * self.dims
             uneven = any(t % 2 for t in total)
             padding = tuple(t // 2 for t in total)
         return ConvCall(
@@ -315,7 +322,7 @@ class ConvOp(WeightedOp):
     def channel_reduce(self, call: ConvCall, weight: Tensor, how: str) -> Tensor:
         """Reduce over everything but the output channel."""
         if self.transposed:
-            weight = weight.unflatten(0, (call.groups, -1)).transpose(1, 2).flatten(0, 1)
+            weight = weight.view(call.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
         return getattr(weight.abs().flatten(1), how)(dim=1)  # type: ignore[no-any-return]
 
     def integer_kernel(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
@@ -108,8 +108,8 @@ def _(x: Tensor) -> Tensor:
 class _ScaledBatchNorm(torch.autograd.Function):
     """Batch norm of a channel-wise scaled input, with one epsilon per channel.
 
-    Scaling a channel by ``s`` scales its variance by ``s^2``; with ``eps * s^2`` in place of ``eps``
-    the normalized value is that of the unscaled channel, exactly, for any ``s``.
+    Scaling a channel by ``s`` scales its variance by ``s^2``; with ``eps * s^2`` in place of
+    ``eps`` the normalized value is that of the unscaled channel, exactly, for any ``s``.
     """
 
     @staticmethod
@@ -135,7 +135,16 @@ class _ScaledBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, mean, invstd = ctx.saved_tensors
         dy, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grads[0].contiguous(), y, weight, None, None, mean, invstd, True, 0.0, [True, True, True]
+            grads[0].contiguous(),
+            y,
+            weight,
+            None,
+            None,
+            mean,
+            invstd,
+            True,
+            0.0,
+            [True, True, True],
         )
         return dy, dweight, dbias, None, None
 

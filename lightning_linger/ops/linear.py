@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_linger.core.integer import integer_op, payload_dtype
@@ -41,7 +41,7 @@ def integer_linear(
     platform: str,
     exact_in_float32: bool,
 ) -> Tensor:
-    """Multiply codes ``[..., K]`` by ``weight`` ``[O, K]`` exactly and bring them to the output scale.
+    """Multiply codes ``[..., K]`` by ``weight [O, K]`` exactly, then rescale to the output.
 
     The arguments are those of ``linger::conv`` (see :mod:`lightning_linger.ops.conv`).
     """

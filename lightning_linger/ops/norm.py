@@ -231,7 +231,9 @@ class BatchNormOp(Op):
             return beta
         assert call.running_var is not None
         factor = gamma * torch.rsqrt(call.running_var + call.eps)
-        centre = -call.running_mean if folded.conv_bias is None else folded.conv_bias - call.running_mean
+        centre = (
+            -call.running_mean if folded.conv_bias is None else folded.conv_bias - call.running_mean
+        )
         bias = beta + centre * factor
         return limited(bias, limits.bias, limits.gradient) + (beta - bias)
 

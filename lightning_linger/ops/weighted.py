@@ -111,7 +111,7 @@ class WeightedOp(Op):
         with torch.autocast(call.input.device.type, enabled=False):
             return self._run(site, call, full(call.input), None, call.input.dtype)
 
-    def fake(self, site: Site, call: Any) -> Tensor:
+    def fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
         with torch.autocast(call.input.device.type, enabled=False):
             x = site.operand(0, call.input)
@@ -123,7 +123,7 @@ class WeightedOp(Op):
                 return self._run(site, call, full(x), tag.step, tag.dtype)
             return self._evaluate(site, call, full(x), tag)
 
-    def integer(self, site: Site, call: Any) -> Tensor:
+    def integer(self, site: Site, call: Any) -> Any:
         """Run on the integers."""
         x = site.operand(0, call.input)
         if x is None:
@@ -283,7 +283,9 @@ class WeightedOp(Op):
         if prepared.exact_in_float32 or x.dtype == torch.float64:
             y = self.apply(call, x, weight, bias)
         else:
-            y = self.apply(call, x.double(), weight.double(), None if bias is None else bias.double())
+            y = self.apply(
+                call, x.double(), weight.double(), None if bias is None else bias.double()
+            )
         y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
         return mark_folded(y, Folded()) if site.active_fold is not None else y
 
@@ -295,15 +297,13 @@ class WeightedOp(Op):
         step = float(output.step())
         low, high = output.code_bounds(step)
         y = self.apply(call, x, prepared.weight, prepared.bias)
-        y = y.floor_().clamp_(low, high).mul_(step).to(tag.dtype)
+        y = y.floor_().clamp_(int(low), int(high)).mul_(step).to(tag.dtype)
         y = with_tag(y, output.tag(step, tag.dtype))
         return mark_folded(y, Folded()) if site.active_fold is not None else y
 
     def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
         found: Prepared | None = site.prepared.get("weights")
-        if found is not None and (
-            capturing() or found.validity == _validity(site, call)
-        ):
+        if found is not None and (capturing() or found.validity == _validity(site, call)):
             return found
         step_x = float(step_x)
         with torch.no_grad():
@@ -356,7 +356,9 @@ class WeightedOp(Op):
         if site.output is None or site.output.grid.rounding != "half_up":
             return False
         limits = site.active_limits
-        dynamic = limits is not None and limits.output is not None and limits.output.kind != "static"
+        dynamic = (
+            limits is not None and limits.output is not None and limits.output.kind != "static"
+        )
         return site.output.grid.scale_kind == "power_of_two" and not dynamic
 
     def _integer_result(self, site: Site, prepared: Prepared, tag: Tag) -> IntegerResult:

@@ -1,4 +1,4 @@
-"""Per-site error statistics as torchmetrics: vectors on the device, reduced over ranks, one sync."""
+"""Per-site error statistics as torchmetrics: one vector per statistic, reduced over ranks."""
 
 from __future__ import annotations
 

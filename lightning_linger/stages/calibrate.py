@@ -15,7 +15,9 @@ from lightning_linger.stages.prepare import check_example
 from lightning_linger.stages.quantize import quantize
 
 
-def calibrate(model: nn.Module, loader: Iterable[Any], config: QuantConfig | None = None) -> nn.Module:
+def calibrate(
+    model: nn.Module, loader: Iterable[Any], config: QuantConfig | None = None
+) -> nn.Module:
     """Move the ranges of a model over some batches; weights and statistics stay as they are.
 
     Args:

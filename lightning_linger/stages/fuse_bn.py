@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+
 from torch import nn
 
 from lightning_linger.core.config import FuseConfig, FuseMode

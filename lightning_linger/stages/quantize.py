@@ -78,8 +78,8 @@ def plan_quantize(
     if not any(site.quantized for site in instrumentation.sites):
         reasons = {site.why_float for site in instrumentation.sites}
         msg = (
-            f"no site of {type(model).__name__} would be quantized ({'; '.join(map(str, reasons))}). "
-            "Widen `types`, `modules` or `overrides`."
+            f"no site of {type(model).__name__} would be quantized "
+            f"({'; '.join(map(str, reasons))}). Widen `types`, `modules` or `overrides`."
         )
         raise UnsupportedError(msg)
     return model
@@ -167,7 +167,9 @@ class _Planner:
         if site.op.needs_quantized_operand and not any(s.value in on_grid for s in operands):
             return "no operand is quantized"
         if self.graph.is_aliased(site.key):
-            return f"works in place on a value read again under its old name at {site.node.location}"
+            return (
+                f"works in place on a value read again under its old name at {site.node.location}"
+            )
         return None
 
     def _folded_layer(self, node: Node) -> Site | None:
@@ -220,9 +222,7 @@ class _Planner:
     def _quantizer(
         self, name: str, bits: int, config: QuantConfig, platform: Platform
     ) -> Quantizer:
-        grid = Grid(
-            bits, config.scale or platform.scale, config.rounding or platform.rounding
-        )
+        grid = Grid(bits, config.scale or platform.scale, config.rounding or platform.rounding)
         quantizer = Quantizer(name, grid, config.range)  # type: ignore[arg-type]
         quantizer.train(self.model.training)
         return quantizer.to(self.device)

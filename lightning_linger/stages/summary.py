@@ -15,7 +15,6 @@ from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
 
 
-
 @dataclass(frozen=True)
 class SummaryRow:
     """One call of the model.
@@ -23,8 +22,8 @@ class SummaryRow:
     Args:
         site: Site key.
         op: Canonical op name.
-        system: ``fake`` if it is quantized now, ``planned`` if it will be, ``folded`` into the layer
-            before it, ``merged`` into the quantizer before it, else ``float``.
+        system: ``fake`` if it is quantized now, ``planned`` if it will be, ``folded`` into the
+            layer before it, ``merged`` into the quantizer before it, else ``float``.
         bits: ``weight/input/output`` widths, empty for float.
         scale: Step of the output as a power of two or a number, empty while unknown.
         stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
