@@ -1,8 +1,8 @@
 """Recording one forward of a prepared model as ONNX nodes with the integer ops kept whole.
 
-``torch.export`` records the forward, ``torch.onnx`` turns what is plain PyTorch into plain ONNX. The
-library's own ops become nodes of a private domain that carry every argument; a dialect translates
-them afterwards, with the finished graph in view.
+``torch.export`` records the forward, ``torch.onnx`` turns what is plain PyTorch into plain ONNX.
+The library's own ops become nodes of a private domain that carry every argument; a dialect
+translates them afterwards, with the finished graph in view.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
 import torch
+from onnx.defs import OpSchema
 from onnxscript import ir
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
@@ -30,9 +31,8 @@ from lightning_linger.core.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
-from lightning_linger.core.instrumentation import Instrumentation
+from lightning_linger.core.instrumentation import Event, Instrumentation
 from lightning_linger.core.locations import caller_location
-from lightning_linger.core.sites import Site
 from lightning_linger.export.schemas import TENSOR_TYPES
 
 # Domain of the nodes that stand for the library's ops until a dialect has translated them.
@@ -134,14 +134,11 @@ class _Forward(nn.Module):
         paths, self._spec = tree_flatten_with_path(dict(bound.arguments))
         self._leaves = [leaf for _, leaf in paths]
         self.example = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        # What `*args` and `**kwargs` collect needs no common prefix.
         variadic = {p.name for p in self._signature.parameters.values() if p.kind in _VARIADIC}
-        self.input_names = _unique(
-            [
-                _path_name(path[1:] if _part(path[0]) in variadic and len(path) > 1 else path, "input")
-                for path, leaf in paths
-                if isinstance(leaf, Tensor)
-            ]
-        )
+        tensor_paths = [path for path, leaf in paths if isinstance(leaf, Tensor)]
+        named = [path[1:] if _part(path[0]) in variadic else path for path in tensor_paths]
+        self.input_names = _unique([_path_name(path, "input") for path in named])
         self.output_names: list[str] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +153,7 @@ class _Forward(nn.Module):
         rest = iter(tensors)
         leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         arguments: dict[str, Any] = tree_unflatten(leaves, self._spec)
-        bound = inspect.BoundArguments(self._signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
         output = self.model(*bound.args, **bound.kwargs)
         outputs = tree_flatten_with_path(output)[0]
         for path, leaf in outputs:
@@ -170,7 +167,7 @@ class _Forward(nn.Module):
         tensors_out = [(path, leaf) for path, leaf in outputs if isinstance(leaf, Tensor)]
         self.output_names = _unique([_path_name(path, "output") for path, _ in tensors_out])
         if not tensors_out:
-            msg = f"{type(self.model).__name__}.forward returns no tensor, there is nothing to export."
+            msg = f"{type(self.model).__name__}.forward returns no tensor: nothing to export."
             raise UnsupportedError(msg)
         return tuple(leaf for _, leaf in tensors_out)
 
@@ -214,6 +211,11 @@ class _Branches:
         self._recorded = answers
         self.answers: dict[str, list[bool]] = {}
 
+    @property
+    def replaying(self) -> bool:
+        """Whether the answers are those of an example that ran before."""
+        return self._recorded is not None
+
     def replay(self) -> _Branches:
         """Return branches that answer as these were answered."""
         return _Branches(self.answers)
@@ -229,11 +231,13 @@ class _Branches:
         if self._recorded is None:
             answer = bool(x)
             if not given:
-                warnings.warn(
+                file, _, line = location.rpartition(":")
+                warnings.warn_explicit(
                     f"{location} decides by the values of a tensor. The exported graph holds the "
                     f"branch that the example inputs take ({answer}) and no other.",
                     QuantizationWarning,
-                    stacklevel=2,
+                    file,
+                    int(line) if line.isdigit() else 0,
                 )
         else:
             known = self._recorded.get(location, [])
@@ -258,8 +262,15 @@ class _Labels:
 
     sites: dict[str, str] = field(default_factory=dict)
     pending: list[tuple[str, str]] = field(default_factory=list)
+    ran: Counter[str] = field(default_factory=Counter)
     own_ops: Counter[str] = field(default_factory=Counter)
     count: int = 0
+
+    def restart(self) -> None:
+        """Start a forward."""
+        self.pending.clear()
+        self.ran.clear()
+        self.own_ops.clear()
 
     def next(self, op: str, platform: str) -> str:
         """Return the platform's name with the next label."""
@@ -268,11 +279,13 @@ class _Labels:
         self.pending.append((label, op))
         return f"{platform}{_LABEL_MARK}{label}"
 
-    def tap(self, site: Site, call: Any, result: Any) -> None:
+    def tap(self, event: Event) -> None:
         """Give the ops called since the last site to this one."""
+        key = event.site.key
+        self.ran[key] += 1
         for label, op in self.pending:
-            self.sites[label] = site.key
-            self.own_ops[site.key] += op not in OPERAND_OPS
+            self.sites[label] = key
+            self.own_ops[key] += op not in OPERAND_OPS
         self.pending.clear()
 
 
@@ -284,7 +297,6 @@ class _Watch(TorchFunctionMode):
         self.branches = branches
         self.labels = _Labels()
         self.seen: dict[str, Any] = {}
-        self._entered = False
 
     @contextlib.contextmanager
     def watching(self, instrumentation: Instrumentation) -> Iterator[None]:
@@ -292,19 +304,18 @@ class _Watch(TorchFunctionMode):
         before = instrumentation.tap
         instrumentation.tap = self.labels.tap
         try:
-            if self.branches._recorded is None:
+            if self.branches.replaying:
+                yield
+            else:
                 with self:
                     yield
-            else:
-                yield
         finally:
             instrumentation.tap = before
 
     def __enter__(self) -> Any:
         self.branches.restart()
-        self.labels.pending.clear()
-        self.labels.own_ops.clear()
-        return super().__enter__()
+        self.labels.restart()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -313,7 +324,7 @@ class _Watch(TorchFunctionMode):
         if func == torch.Tensor.__bool__:
             return self.branches.ask(args[0])
         if isinstance(func, torch._ops.OpOverload) and func.namespace == NAMESPACE:
-            self.seen[func.name()] = func
+            self.seen[op_name(func)] = func
             args, kwargs = self._labelled(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -322,17 +333,18 @@ class _Watch(TorchFunctionMode):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         op = op_name(func)
         arguments = bind(func, args, kwargs)
-        # A dequantized value belongs to no site; alike ones may be merged.
-        if op != "dequantize" and "platform" in arguments:
-            arguments["platform"] = self.labels.next(op, arguments["platform"])
-        return (), arguments
+        # The example runs in earnest, on the platform by its own name. A dequantized value belongs
+        # to no site; alike ones may be merged.
+        if not self.branches.replaying or op == "dequantize" or "platform" not in arguments:
+            return args, kwargs
+        return (), {**arguments, "platform": self.labels.next(op, arguments["platform"])}
 
     def translations(self) -> dict[Callable[..., Any], Callable[..., Any]]:
         """Return the translation of each of the library's ops to a captured node."""
         return {func: _translation(func) for func in self.seen.values()}
 
 
-# --- captured nodes -----------------------------------------------------------------------------
+# --- captured nodes ---------------------------------------------------------------------------
 
 
 def op_name(func: Any) -> str:
@@ -358,25 +370,24 @@ def _takes_tensors(argument: Any) -> bool:
 
 def _translation(func: Any) -> Callable[..., Any]:
     """Return a function for ``torch.onnx`` that records the op with all its arguments."""
-    parameter = onnx.defs.OpSchema.FormalParameter
-    option = onnx.defs.OpSchema.FormalParameterOption
-    schema = onnx.defs.OpSchema(
+    parameter = OpSchema.FormalParameter
+    any_number = OpSchema.FormalParameterOption.Variadic
+    schema = OpSchema(
         op_name(func),
         CAPTURE_DOMAIN,
         1,
         inputs=[
-            parameter("inputs", "T", param_option=option.Variadic, is_homogeneous=False, min_arity=0)
+            parameter("inputs", "T", param_option=any_number, is_homogeneous=False, min_arity=0)
         ],
         outputs=[parameter(f"output{i}", "R") for i in range(len(func._schema.returns))],
         type_constraints=[("T", TENSOR_TYPES, ""), ("R", TENSOR_TYPES, "")],
-        attributes=[
-            onnx.defs.OpSchema.Attribute(ARGUMENTS, onnx.defs.OpSchema.AttrType.STRING, required=True)
-        ],
+        attributes=[OpSchema.Attribute(ARGUMENTS, OpSchema.AttrType.STRING, required=True)],
     )
     node = Op(Opset(CAPTURE_DOMAIN, 1), op_name(func), schema)
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        inputs, values = [], {}
+        inputs: list[Any] = []
+        values: dict[str, Any] = {}
         for name, value in bind(func, args, kwargs).items():
             argument = next(a for a in func._schema.arguments if a.name == name)
             if not _takes_tensors(argument):
@@ -407,21 +418,22 @@ def arguments_of(node: ir.Node) -> dict[str, Any]:
     return arguments
 
 
-# --- checks and errors --------------------------------------------------------------------------
+# --- checks and errors ------------------------------------------------------------------------
 
 
 def _live_sites(program: Any, example: _Labels, recorded: _Labels) -> Counter[str]:
     """Check that every site that ran was recorded once; count those an output depends on."""
     nodes = [node for node in program.graph.nodes if _own_site(node, recorded)]
-    found = Counter(_own_site(node, recorded) for node in nodes)
-    for key in sorted(set(example.own_ops) | {str(k) for k in found}):
-        if example.own_ops[key] != found[key]:
-            msg = (
-                f"`{key}` ran {example.own_ops[key]} time(s) and was recorded {found[key]} time(s). "
-                "Its forward depends on something that a recording does not see; the export would "
-                "not be the model that was trained."
-            )
-            raise UnsupportedError(msg)
+    found = Counter(str(_own_site(node, recorded)) for node in nodes)
+    for ran, there in ((example.ran, recorded.ran), (recorded.own_ops, found)):
+        for key in sorted(set(ran) | set(there)):
+            if ran[key] != there[key]:
+                msg = (
+                    f"`{key}` ran {ran[key]} time(s), recorded were {there[key]}. The forward "
+                    "depends on something that a recording does not see, such as a counter of its "
+                    "own. Make it a function of its inputs."
+                )
+                raise UnsupportedError(msg)
     output = next(node for node in program.graph.nodes if node.op == "output")
     reached, stack = {output}, [output]
     while stack:
@@ -450,8 +462,8 @@ def _readable_errors(what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(_root_cause(error)).strip().partition("\n")[0]
         msg = (
-            f"the forward cannot be {what}: {reason} Rewrite that part with plain tensor operations, "
-            "or move it out of the model."
+            f"the forward cannot be {what}: {reason} Rewrite that part with plain tensor "
+            "operations, or move it out of the model."
         )
         raise UnsupportedError(msg) from error
 
@@ -465,10 +477,16 @@ def _root_cause(error: BaseException) -> BaseException:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # What torch's exporter says about its own internals is not for the user of this library.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnx).*")
-        yield
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnx).*")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def flat_tensors(tree: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from onnxscript import ir
 
@@ -18,9 +19,14 @@ from lightning_linger.export.capture import (
 from lightning_linger.export.dialect import Builder, Call, Dialect
 from lightning_linger.platforms import PLATFORMS
 
+Steps = dict[str, dict[str, Any]]
 
-def lower(captured: Captured, dialect: Dialect) -> None:
+
+def lower(captured: Captured, dialect: Dialect) -> Steps:
     """Replace every recorded op by the dialect's nodes.
+
+    Returns:
+        The steps of each recorded op (``real = step * code``) by node name and argument.
 
     Raises:
         UnsupportedError: If the dialect has no translation of an op, or a site that contributes to
@@ -30,6 +36,7 @@ def lower(captured: Captured, dialect: Dialect) -> None:
     found: Counter[str] = Counter()
     names: Counter[str] = Counter()
     producers: dict[ir.Value, str] = {}
+    steps: Steps = {}
     for node in list(graph):
         if node.domain != CAPTURE_DOMAIN:
             _follow(node, producers)
@@ -37,11 +44,12 @@ def lower(captured: Captured, dialect: Dialect) -> None:
         call = _call(node, captured.sites, producers, names)
         if node.op_type not in OPERAND_OPS:
             found[call.site] += 1
+        steps[call.name] = {n: v for n, v in call.arguments.items() if n.startswith("scale")}
         translation = dialect.table.get(node.op_type)
         if translation is None:
             msg = (
-                f"`{call.site}`: the {dialect.name!r} dialect has no form of "
-                f"`{node.op_type}`. Leave the layer in float with overrides={{'{call.site}': None}}."
+                f"`{call.site}`: the {dialect.name!r} dialect has no form of `{node.op_type}`. "
+                f"Leave the layer in float with overrides={{'{call.site}': None}}."
             )
             raise UnsupportedError(msg)
         result = translation(Builder(graph, node, call), call)
@@ -50,6 +58,7 @@ def lower(captured: Captured, dialect: Dialect) -> None:
         graph.remove(node, safe=True)
     _require_all(captured.live, found)
     dialect.finish(graph)
+    return steps
 
 
 def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

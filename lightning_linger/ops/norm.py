@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,13 @@ from lightning_linger.ops.folding import (
     normalize_scaled,
     update_running,
 )
-from lightning_linger.ops.weighted import finish, minimum_step, on_grid
+from lightning_linger.ops.weighted import (
+    finish,
+    integer_result,
+    minimum_step,
+    on_grid,
+    versions_of,
+)
 
 
 class BatchNormCall(NamedTuple):
@@ -95,6 +102,32 @@ def _(
     return x.new_empty(x.shape, dtype=dtype)
 
 
+_PREPARED = "affine"
+
+
+@dataclass(frozen=True)
+class PreparedAffine:
+    """Scale and shift of a batch norm in evaluation, derived once.
+
+    Args:
+        alpha: ``[C]`` scale on the grid, real values.
+        beta: ``[C]`` shift on the grid, real values.
+        codes: The scale's codes.
+        bias_codes: The shift's codes, int32.
+        steps: Steps of the scale, one or one per channel.
+        exact_in_float32: Whether no accumulator can reach 2^24.
+        validity: What it was derived from.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    codes: Tensor
+    bias_codes: Tensor
+    steps: list[float]
+    exact_in_float32: bool
+    validity: tuple[Any, ...]
+
+
 class BatchNormOp(Op):
     """``F.batch_norm``.
 
@@ -143,14 +176,20 @@ class BatchNormOp(Op):
             if x is None or tag is None:
                 return NotImplemented
             x, step_x = full(x), tag.step
-            alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
-            product = step_x * step_a
-            values = x
-            if not site.training and not self._fits_float32(site, call, x, tag):
-                values, alpha, beta = x.double(), alpha.double(), beta.double()
-            y = _scale_shift(values, alpha, beta)
-            widest = product.amax() if isinstance(product, Tensor) else product
-            return finish(site, y, widest, True, tag.dtype)
+            if site.training or (capturing() and _PREPARED not in site.prepared):
+                alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
+                y = _scale_shift(x, alpha, beta)
+                product = step_x * step_a
+                widest = product.amax() if isinstance(product, Tensor) else product
+                return finish(site, y, widest, True, tag.dtype)
+            prepared = self._prepare(site, call, tag)
+            alpha, beta = prepared.alpha, prepared.beta
+            if torch.is_grad_enabled() and not capturing():
+                alpha, beta, _ = self._quantized_affine(site, call, x, step_x)
+            if not prepared.exact_in_float32:
+                x, alpha, beta = x.double(), alpha.double(), beta.double()
+            y = _scale_shift(x, alpha, beta)
+            return finish(site, y, step_x * max(prepared.steps), True, tag.dtype)
 
     def integer(self, site: Site, call: BatchNormCall) -> Any:
         """Scale and shift codes."""
@@ -161,32 +200,25 @@ class BatchNormOp(Op):
             return NotImplemented
         tag = tag_of(x)
         assert tag is not None
-        codes, bias_codes, steps, exact = self._codes(site, call, x, tag.step, tag.bits)
-        output = site.output
-        product = float(tag.step) * max(steps)
-        if output is None:
-            scale, bits, low, high = 0.0, 0, 0, 0
-        else:
-            scale = float(output.step(minimum_step(site, product)))
-            bits = output.grid.bits
-            low, high = (int(b) for b in output.code_bounds(scale))
+        prepared = self._prepare(site, call, tag)
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = integer_scale_shift(
             integer_codes(x),
-            codes,
-            bias_codes,
+            prepared.codes,
+            prepared.bias_codes,
             float(tag.step),
-            steps,
-            scale,
+            prepared.steps,
+            result.scale,
             tag.bits,
             site.weight_bits,
-            bits,
-            low,
-            high,
+            result.bits,
+            result.low,
+            result.high,
             site.rounding,
             site.platform_name,
-            exact,
+            prepared.exact_in_float32,
         )
-        return y if output is None else with_tag(y, output.tag(scale, tag.dtype))
+        return y if result.tag is None else with_tag(y, result.tag)
 
     # --- folded -----------------------------------------------------------------------------
 
@@ -276,34 +308,33 @@ class BatchNormOp(Op):
         return alpha, beta, step_a
 
     @torch.no_grad()
-    def _codes(
-        self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any, bits: int
-    ) -> tuple[Tensor, Tensor, list[float], bool]:
+    def _prepare(self, site: Site, call: BatchNormCall, tag: Tag) -> PreparedAffine:
+        found: PreparedAffine | None = site.prepared.get(_PREPARED)
+        tensors = (call.weight, call.bias, call.running_mean, call.running_var)
+        if found is not None and (capturing() or found.validity == versions_of(tensors)):
+            return found
+        step_x = float(tag.step)
         evaluated = call._replace(training=False)
-        values = x if x.dtype.is_floating_point else x.float()
-        alpha, beta, step_a = self._quantized_affine(site, evaluated, values, float(step_x))
+        alpha, beta, step_a = self._quantized_affine(site, evaluated, call.input, step_x)
         step_a = torch.as_tensor(step_a)
         codes = torch.round(alpha / step_a)
-        bias_codes = torch.round(beta.double() / (step_a.double() * float(step_x)))
+        bias_codes = torch.round(beta.double() / (step_a.double() * step_x))
         steps = [float(s) for s in step_a.flatten()]
-        bound = float((codes.abs() * 2.0 ** (bits - 1) + bias_codes.abs()).max())
+        bound = float((codes.abs() * 2.0 ** (tag.bits - 1) + bias_codes.abs()).max())
         if site.output is not None:
-            product = float(step_x) * max(steps)
-            step_o = float(site.output.step(minimum_step(site, product)))
-            bound += 0.5 * step_o / (float(step_x) * min(steps))
-        return (
+            step_o = float(site.output.step(minimum_step(site, step_x * max(steps))))
+            bound += 0.5 * step_o / (step_x * min(steps))
+        found = PreparedAffine(
+            alpha,
+            beta,
             codes.to(payload_dtype(site.weight_bits)),
             bias_codes.to(torch.int32),
             steps,
             bound < EXACT_FLOAT32,
+            versions_of(tensors),
         )
-
-    def _fits_float32(self, site: Site, call: BatchNormCall, x: Tensor, tag: Tag) -> bool:
-        if capturing():
-            return bool(site.prepared.get("fits_float32", True))
-        if "fits_float32" not in site.prepared:
-            site.prepared["fits_float32"] = self._codes(site, call, x, tag.step, tag.bits)[3]
-        return bool(site.prepared["fits_float32"])
+        site.prepared[_PREPARED] = found
+        return found
 
 
 def _scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

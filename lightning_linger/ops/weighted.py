@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,7 @@ class WeightedOp(Op):
         tag = tag_of(x)
         assert tag is not None
         prepared = self._prepare(site, call, float(tag.step), tag.bits)
-        result = self._integer_result(site, prepared, tag)
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
         if result.tag is not None:
             y = with_tag(y, result.tag)
@@ -361,24 +362,6 @@ class WeightedOp(Op):
         )
         return site.output.grid.scale_kind == "power_of_two" and not dynamic
 
-    def _integer_result(self, site: Site, prepared: Prepared, tag: Tag) -> IntegerResult:
-        if site.output is None:
-            if site.config is not None and site.config.output_bits == 32:
-                step = float(tag.step) * prepared.steps[0]
-                low, high = code_limits(32)
-                return IntegerResult(step, 32, low, high, Tag(step, 32, site.key, tag.dtype))
-            return IntegerResult(0.0, 0, 0, 0, None)
-        product = float(tag.step) * max(prepared.steps)
-        step = float(site.output.step(minimum_step(site, product)))
-        low_code, high_code = site.output.code_bounds(step)
-        return IntegerResult(
-            step,
-            site.output.grid.bits,
-            int(low_code),
-            int(high_code),
-            site.output.tag(step, tag.dtype),
-        )
-
 
 @dataclass(frozen=True)
 class IntegerResult:
@@ -397,6 +380,25 @@ class IntegerResult:
     low: int
     high: int
     tag: Tag | None
+
+
+def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
+    """Return what a kernel has to produce from an accumulator of step ``product``.
+
+    Args:
+        site: The layer.
+        product: Step of the accumulator, the coarsest of its channels.
+        tag: Tag of the input.
+    """
+    output = site.output
+    if output is None:
+        if site.config is not None and site.config.output_bits == 32:
+            limits = code_limits(32)
+            return IntegerResult(product, 32, *limits, Tag(product, 32, site.key, tag.dtype))
+        return IntegerResult(0.0, 0, 0, 0, None)
+    step = float(output.step(minimum_step(site, product)))
+    low, high = output.code_bounds(step)
+    return IntegerResult(step, output.grid.bits, int(low), int(high), output.tag(step, tag.dtype))
 
 
 def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str) -> Tensor:
@@ -448,15 +450,19 @@ def finish(
     return site.output.round(y, step, dtype)
 
 
+def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:
+    """Return what changes when one of the tensors is replaced or written to."""
+    return tuple(
+        (t.data_ptr(), t._version) for t in tensors if t is not None and not t.is_inference()
+    )
+
+
 def _validity(site: Site, call: Any) -> tuple[Any, ...]:
     bn: Any = site.active_fold
     tensors = [call.weight, call.bias]
     if bn is not None:
         tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    versions = tuple(
-        (t.data_ptr(), t._version) for t in tensors if t is not None and not t.is_inference()
-    )
-    return (versions, site.switches.fuse, site.switches.normalize)
+    return (versions_of(tensors), site.switches.fuse, site.switches.normalize)
 
 
 def _surely_none(mask: Tensor) -> bool:

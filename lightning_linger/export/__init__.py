@@ -1,0 +1,6 @@
+"""ONNX: the integer model as a file, in the words of whoever reads it, and a way to run it."""
+
+from lightning_linger.export.exporter import export_onnx
+from lightning_linger.export.runner import OnnxIntegerRunner
+
+__all__ = ["OnnxIntegerRunner", "export_onnx"]

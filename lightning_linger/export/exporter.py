@@ -1,0 +1,222 @@
+"""``export_onnx``: a prepared model as an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnxscript import ir
+from torch import nn
+
+from lightning_linger.__about__ import __version__
+from lightning_linger.core.errors import NotReadyError, UnsupportedError
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.sites import Site
+from lightning_linger.export.capture import Captured, capture
+from lightning_linger.export.dialect import Dialect
+from lightning_linger.export.dialects import dialect_of
+from lightning_linger.export.files import check_target, write_atomically
+from lightning_linger.export.lowering import Steps, lower
+from lightning_linger.simulate.integer import integer
+from lightning_linger.stages.prepare import check_example, no_trace
+
+METADATA_PREFIX = "lightning_linger."
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    dialect: str = "linger",
+    kwargs: dict[str, Any] | None = None,
+) -> Path:
+    """Write a prepared model to an ONNX file.
+
+    While the quantize stage is on, the file holds the integer model, in the words of the dialect.
+    While it is off, it holds plain ONNX of what the model computes now. The model is left as it
+    was, bit for bit, and can be trained on.
+
+    Args:
+        model: A prepared model, in any mode.
+        args: Positional inputs of one forward. Their shapes are the shapes of the graph, and a
+            Python branch that depends on values goes the way they take, with a warning.
+        path: The file to write; its folder has to exist. The file appears whole or not at all.
+        dialect: ``linger`` or ``qdq``.
+        kwargs: Keyword inputs.
+
+    Returns:
+        The path of the file. Inputs are named as in ``forward``, outputs come in the order in
+        which ``forward`` returns them.
+
+    Raises:
+        ConfigError: If the dialect, the path or the inputs are wrong.
+        NotReadyError: If the model is not prepared, or a quantized site has seen no data.
+        UnsupportedError: If the dialect cannot express the model; names the site.
+    """
+    chosen = dialect_of(dialect)
+    target = check_target(path)
+    instrumentation = instrumentation_of(model)
+    check_example((args, kwargs))
+    quantized = instrumentation.switches.quantize
+    sites = [site for site in instrumentation.sites if site.quantized and quantized]
+    steps: Steps = {}
+    with _in_evaluation(model, instrumentation):
+        _require_ready(instrumentation, sites)
+        chosen.check(sites)
+        with integer(model) if quantized else contextlib.nullcontext():
+            captured = capture(model, instrumentation, args, kwargs or {}, chosen.opset_version)
+        if quantized:
+            steps = lower(captured, chosen)
+    _finish(captured, chosen)
+    _describe(captured.model, sites, chosen, steps)
+    proto = ir.serde.serialize_model(captured.model)
+    _check(proto)
+    write_atomically(target, proto.SerializeToString())
+    return target
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: nn.Module, instrumentation: Instrumentation) -> Iterator[None]:
+    """Put the model into evaluation mode, and afterwards back to what it was, in every bit."""
+    with no_trace(model):
+        model.eval()
+        instrumentation.thaw()
+        try:
+            yield
+        finally:
+            instrumentation.thaw()
+
+
+def _require_ready(instrumentation: Instrumentation, sites: list[Site]) -> None:
+    # The first recorded run is the one in evaluation mode.
+    evaluated = {node.key for node in instrumentation.graph.runs[0].nodes}
+    missing = [site.key for site in sites if not site.ready and site.key in evaluated]
+    if missing:
+        named = ", ".join(f"`{key}`" for key in missing)
+        msg = (
+            f"{len(missing)} quantized site(s) have seen no range yet: {named}. Train for at least "
+            "one step with the quantize stage on, or run `linger.calibrate(model, loader)`, or "
+            "leave them in float with `overrides`."
+        )
+        raise NotReadyError(msg)
+
+
+# --- the finished graph -----------------------------------------------------------------------
+
+
+def _finish(captured: Captured, dialect: Dialect) -> None:
+    model, graph = captured.model, captured.model.graph
+    _remove_unused(graph)
+    _name_ends(graph, captured.input_names, captured.output_names)
+    _make_names_unique(graph)
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in _values(graph):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    used = {node.domain for node in graph}
+    graph.opset_imports.clear()
+    graph.opset_imports[""] = dialect.opset_version
+    for domain, version in dialect.domains.items():
+        if domain in used:
+            graph.opset_imports[domain] = version
+    model.ir_version = dialect.ir_version
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not any(output is value for output in graph.outputs):
+            del graph.initializers[name]
+
+
+def _name_ends(graph: ir.Graph, input_names: list[str], output_names: list[str]) -> None:
+    """Give inputs and outputs the model's names; every output is a value of its own."""
+    for value, name in zip(graph.inputs, input_names, strict=True):
+        value.name = name
+    taken = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for index, name in enumerate(output_names):
+        output = graph.outputs[index]
+        wanted = name if name not in input_names else f"{name}_output"
+        if id(output) in taken:
+            node = ir.Node("", "Identity", [output], name=wanted, num_outputs=1)
+            node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
+            graph.append(node)
+            graph.outputs[index] = output = node.outputs[0]
+        taken.add(id(output))
+        output.name = wanted
+
+
+def _make_names_unique(graph: ir.Graph) -> None:
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
+    taken: Counter[str] = Counter(str(name) for name in ends)
+    for value in _values(graph):
+        if any(value is end for end in (*graph.inputs, *graph.outputs)):
+            continue
+        value.name = _free(str(value.name), taken)
+    renamed = {str(value.name): value for value in graph.initializers.values()}
+    graph.initializers.clear()
+    graph.initializers.update(renamed)
+    nodes: Counter[str] = Counter()
+    for node in graph:
+        node.name = _free(str(node.name or node.op_type), nodes)
+
+
+def _free(name: str, taken: Counter[str]) -> str:
+    candidate = name
+    while taken[candidate]:
+        taken[name] += 1
+        candidate = f"{name}_{taken[name] - 1}"
+    taken[candidate] += 1
+    return candidate
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from list(graph.initializers.values())
+    for node in graph:
+        yield from node.outputs
+
+
+def _describe(model: ir.Model, sites: list[Site], dialect: Dialect, steps: Steps) -> None:
+    model.producer_name = "lightning-linger"
+    model.producer_version = __version__
+    model.metadata_props.clear()
+    model.metadata_props[METADATA_PREFIX + "version"] = __version__
+    if not sites:
+        return
+    platforms = sorted({site.platform_name for site in sites})
+    model.metadata_props[METADATA_PREFIX + "dialect"] = dialect.name
+    model.metadata_props[METADATA_PREFIX + "platform"] = ",".join(platforms)
+    model.metadata_props[METADATA_PREFIX + "config"] = json.dumps(_config_summary(sites))
+    model.metadata_props[METADATA_PREFIX + "steps"] = json.dumps(steps)
+
+
+def _config_summary(sites: list[Site]) -> dict[str, Any]:
+    """Return the most common configuration, and by site what differs from it."""
+    configs = {site.key: dataclasses.asdict(site.config) for site in sites if site.config}
+    common = json.loads(Counter(json.dumps(c) for c in configs.values()).most_common(1)[0][0])
+    differing = {
+        key: {name: value for name, value in config.items() if value != common[name]}
+        for key, config in configs.items()
+        if config != common
+    }
+    return {"common": common, "sites": differing}
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        msg = f"the graph is not valid ONNX: {error} Nothing was written; please report it."
+        raise UnsupportedError(msg) from error
