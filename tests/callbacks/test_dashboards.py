@@ -72,9 +72,7 @@ def test_aggregates_can_be_monitored_and_other_loggers_get_the_values(tmp_path: 
     assert "mismatch/fc/linear/0" in header
 
 
-def test_a_table_is_printed_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_is_printed_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trainer(tmp_path, [QuantizeCallback(), IntegerValidatorCallback(rows=2)], epochs=1)
     run.fit(Classifier(), loader(), loader(2))
     printed = capsys.readouterr().out

@@ -29,7 +29,10 @@ ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown fuse mode": (lambda: FuseBNCallback(mode="twice"), r"mode.*running.*twice"),
     "limit not positive": (lambda: NormalizeCallback(weight=-1.0), r"limit.*-1\.0"),
     "limit not readable": (lambda: NormalizeCallback(output="8x"), r"7\*mean.*8x"),
-    "two schedules": (lambda: QuantizeCallback(at_epoch=1, at_step=5), r"one of.*at_epoch.*at_step"),
+    "two schedules": (
+        lambda: QuantizeCallback(at_epoch=1, at_step=5),
+        r"one of.*at_epoch.*at_step",
+    ),
     "negative epoch": (lambda: FuseBNCallback(at_epoch=-1), r"at_epoch.*non-negative.*-1"),
     "ends before it starts": (
         lambda: NormalizeCallback(at_epoch=4, end_epoch=2),
