@@ -63,10 +63,11 @@ class QuantConfig:
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, None))
-        if isinstance(self.range, str):
-            _require_choice("range", self.range, RANGE_KINDS)
-        elif not (math.isfinite(self.range) and self.range > 0):
-            msg = f"`range` must be a positive number or one of {RANGE_KINDS}. Found: {self.range}."
+        number = isinstance(self.range, int | float) and not isinstance(self.range, bool)
+        if not (self.range in RANGE_KINDS if not number else 0 < float(self.range) < math.inf):
+            msg = (
+                f"`range` must be a positive number or one of {RANGE_KINDS}. Found: {self.range!r}."
+            )
             raise ConfigError(msg)
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
@@ -95,9 +96,9 @@ class Limit:
             limit = spec
         elif isinstance(spec, int | float) and not isinstance(spec, bool):
             limit = Limit("static", float(spec))
-        elif isinstance(spec, str) and (found := re.fullmatch(r"([\d.]+)\s*\*\s*mean", spec)):
+        elif isinstance(spec, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*\*\s*mean", spec)):
             limit = Limit("mean", float(found[1]))
-        elif isinstance(spec, str) and (found := re.fullmatch(r"([\d.]+)\s*%", spec)):
+        elif isinstance(spec, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", spec)):
             limit = Limit("percentile", float(found[1]))
         else:
             msg = f"a limit is a positive number, '7*mean' or '99.9%'. Found: {spec!r}."

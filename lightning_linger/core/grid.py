@@ -35,7 +35,7 @@ class Grid:
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
+        if type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS:
             msg = f"bits must be an integer from {MIN_BITS} to {MAX_BITS}. Found: {self.bits!r}."
             raise ConfigError(msg)
         if self.rounding not in ROUNDINGS:

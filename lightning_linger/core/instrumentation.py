@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import CANONICAL, Canonical
 from lightning_linger.core.graph import Graph
-from lightning_linger.core.integer import dequantize
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.movement import move
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
-from lightning_linger.core.sites import Site, Switches
+from lightning_linger.core.sites import Site, Switches, real_values
 from lightning_linger.core.tags import drop_tag, tag_of, takes_activations, with_tag
 
 STATE_NAME = "_linger"
@@ -188,6 +187,10 @@ class Instrumentation(nn.Module):
         register: Any = self.register_load_state_dict_pre_hook
         register(_keep_what_is_missing)
         self.train(root.training)
+
+    def forward(self, x: Any) -> Any:
+        """Pass: a root that runs all its children one after the other (`nn.Sequential`) may."""
+        return x
 
     @property
     def engaged(self) -> bool:
@@ -388,14 +391,6 @@ class Instrumentation(nn.Module):
             if tag is not None and func in _IS_FLOATING_POINT:
                 return tag.dtype.is_floating_point
         return func(*args, **kwargs)
-
-
-def real_values(x: Tensor) -> Tensor:
-    """Return the real values of a tensor: integers are dequantized, everything else passes."""
-    tag = tag_of(x)
-    if tag is None or x.dtype.is_floating_point:
-        return x
-    return dequantize(x, float(tag.step), "").to(tag.dtype)
 
 
 def _plain_values(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Entering, leaving and changing the integer grid, as ops that every graph capture records."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Generic, ParamSpec, TypeVar
 
@@ -17,15 +19,24 @@ EXACT_FLOAT32 = 2**24
 
 
 class IntegerOp(Generic[P, R]):
-    """A function on integers that a graph capture records as one custom op.
+    """A function on integers that a graph capture records as one custom op, exact under autocast.
 
     Outside a capture the function is called as it is: the dispatcher's layers around a custom op
     cost more than many of the kernels.
     """
 
     def __init__(self, name: str, function: Callable[P, R]) -> None:
-        self._function = function
-        self._op = torch.library.custom_op(name, function, mutates_args=())
+        @functools.wraps(function)
+        def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+            with contextlib.ExitStack() as stack:
+                for device in ("cpu", "cuda"):
+                    if torch.is_autocast_enabled(device):
+                        stack.enter_context(torch.autocast(device, enabled=False))
+                return function(*args, **kwargs)
+
+        self._function = exact
+        schema = torch.library.infer_schema(function, mutates_args=())
+        self._op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema)
         self.__doc__ = function.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -54,6 +65,12 @@ def payload_dtype(bits: int) -> torch.dtype:
 def code_limits(bits: int) -> tuple[int, int]:
     """Return the smallest and the largest code of a width."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def float32_code_limits(bits: int) -> tuple[int, int]:
+    """Return the code limits of a width, the upper one the largest that float32 holds exactly."""
+    low, high = code_limits(bits)
+    return low, high if bits <= 24 else high + 1 - (1 << (bits - 24))
 
 
 def is_power_of_two(x: float) -> bool:
@@ -85,8 +102,8 @@ def multiplier(scale_a: float, scale_b: Sequence[float], scale_o: float) -> Tens
     Powers of two are exact either way. The result is on the CPU, where a division is a division: a
     GPU divides by a number through its reciprocal.
     """
-    a, o = torch.tensor([scale_a, scale_o], dtype=torch.float32)
-    return torch.tensor(scale_b, dtype=torch.float32) * a / o
+    steps = torch.tensor(scale_b, dtype=torch.float32)
+    return steps * steps.new_tensor(scale_a) / steps.new_tensor(scale_o)
 
 
 def divide_by_scale(x: Tensor, scale: float) -> Tensor:

@@ -42,6 +42,9 @@ def directly_checkpointed() -> bool:
     return False
 
 
-def checkpointed() -> bool:
-    """Whether the call runs inside ``torch.utils.checkpoint.checkpoint``."""
-    return any(frame.f_code.co_filename.endswith(_CHECKPOINT) for frame in _frames())
+def checkpoint_region() -> int | None:
+    """Return an identity of the innermost running ``checkpoint`` call, None outside of any."""
+    for frame in _frames():
+        if frame.f_code.co_filename.endswith(_CHECKPOINT) and frame.f_code.co_name == "checkpoint":
+            return id(frame)
+    return None

@@ -58,6 +58,7 @@ class Quantizer(nn.Module):
         self.window = window or Window()
         self.estimator = RangeEstimator(range, name)
         self._frozen_step: float | None = None
+        self._frozen_reach: float | None = None
 
     @property
     def known(self) -> bool:
@@ -66,8 +67,8 @@ class Quantizer(nn.Module):
 
     def observe(self, x: Tensor, cap: float = math.inf) -> None:
         """Move the range by one batch, as far as the window and a range limit let through."""
-        cap = min(self.window.cap, self.window.high, cap)
-        self.estimator.observe(x, max(self.window.low, -cap), cap)
+        cap = min(self.window.cap, cap)
+        self.estimator.observe(x, max(self.window.low, -cap), min(self.window.high, cap))
 
     def step(self, minimum: Scalar | None = None) -> Scalar:
         """Return the step in use.
@@ -138,11 +139,23 @@ class Quantizer(nn.Module):
 
     def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:
         """Return the tag of a tensor rounded with ``step``."""
-        return Tag(step, self.grid.bits, self.name, dtype)
+        return Tag(step, self.grid.bits, self.name, dtype, reach=self.reach())
+
+    def reach(self) -> Scalar:
+        """Return the absolute maximum of the range."""
+        if self._frozen_reach is not None:
+            return self._frozen_reach
+        if not can_read(self.estimator.range):
+            return self.estimator.absmax()
+        low, high = self.estimator.range.tolist()
+        reach = max(-low, high)
+        if not self.training:
+            self._frozen_reach = reach
+        return reach
 
     def thaw(self) -> None:
         """Forget the frozen step."""
-        self._frozen_step = None
+        self._frozen_step = self._frozen_reach = None
 
     def train(self, mode: bool = True) -> "Quantizer":
         """Switch between moving (training) and frozen (evaluation) ranges."""

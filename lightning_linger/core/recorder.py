@@ -12,7 +12,7 @@ from lightning_linger.core.functions import Canonical
 from lightning_linger.core.graph import Node, Run, TensorSpec
 from lightning_linger.core.locations import (
     caller_location,
-    checkpointed,
+    checkpoint_region,
     directly_checkpointed,
 )
 from lightning_linger.core.registry import op_of
@@ -42,6 +42,7 @@ class Recorder:
         # Recorded tensors are kept alive, so that an `id` is never reused.
         self._alive: list[Tensor] = []
         self._overwritten: dict[int, int] = {}
+        self._regions: dict[str, int | None] = {}
 
     def call(
         self,
@@ -109,11 +110,12 @@ class Recorder:
                 "backward. Checkpoint a module (`checkpoint(self.block, x)`) instead of a function."
             )
             raise UnsupportedError(msg)
-        if activation.invocation and checkpointed():
+        region = checkpoint_region()
+        if self._regions.setdefault(activation.path, region) != region:
             msg = (
-                f"`{key}` at {caller_location()}: a module that is called several times in one "
-                "forward cannot be checkpointed, because backward runs it again out of order. Use "
-                "one module per call, or call it without `torch.utils.checkpoint`."
+                f"`{key}` at {caller_location()}: a module that is called both inside and outside "
+                "of a checkpointed part of the forward cannot be found again during backward. Use "
+                "one module per part, or call it without `torch.utils.checkpoint`."
             )
             raise UnsupportedError(msg)
 

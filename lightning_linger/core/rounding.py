@@ -1,5 +1,6 @@
 """Rounding to integers: named pure functions, the only place where a rounding rule is written."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -33,6 +34,21 @@ def floor(x: Tensor) -> Tensor:
 def ceil(x: Tensor) -> Tensor:
     """Round towards plus infinity."""
     return torch.ceil(x)
+
+
+def round_value(x: float, rounding: Rounding | str) -> int:
+    """Round one number as the tensor function of that name does, without a tensor."""
+    low = math.floor(x)
+    rest = x - low
+    if rounding == "floor":
+        return low
+    if rounding == "ceil":
+        return math.ceil(x)
+    if rest != 0.5:
+        return low + (rest > 0.5)
+    if rounding == "half_even":
+        return low + low % 2
+    return low + (rounding == "half_up" or x > 0)
 
 
 # Stochastic rounding needs a generator and joins this table when gradients are quantized.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.core.capture import can_read
+from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.config import (
     FuseMode,
     Granularity,
@@ -18,7 +18,13 @@ from lightning_linger.core.config import (
     QuantConfig,
 )
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize
-from lightning_linger.core.integer import code_limits, payload_dtype, quantize, requantize
+from lightning_linger.core.integer import (
+    code_limits,
+    dequantize,
+    payload_dtype,
+    quantize,
+    requantize,
+)
 from lightning_linger.core.limits import apply_bound, bound_of, is_within
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.ranges import EMA_WEIGHT
@@ -92,6 +98,8 @@ class Site(nn.Module):
         fold: The batch norm folded into this layer, if any.
         completes_fold: For a batch norm: the layer before it has taken it in.
         merged: For an activation: its clamping happens in the quantizer before it.
+        released: A plain op writes into the result in place: it leaves the grid as a copy.
+        seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
         why_float: Why the site is not quantized, if so.
     """
@@ -117,6 +125,8 @@ class Site(nn.Module):
         self.limits: Limits | None = None
         self.why_float: str | None = None
         self.prepared: dict[str, Any] = {}
+        self.seen: dict[int, Tag | None] = {}
+        self.released = False
 
     @property
     def quantized(self) -> bool:
@@ -186,6 +196,16 @@ class Site(nn.Module):
             return y
         return apply_bound(y, self.output_bound.to(y.dtype), limits.gradient)
 
+    def output_limit(self) -> float | None:
+        """Return the bound that :meth:`limit_output` applies in evaluation, None if there is none."""
+        limits = self.active_limits
+        if limits is None or limits.output is None:
+            return None
+        if limits.output.kind == "static":
+            return limits.output.value
+        bound = float(self.output_bound.item())
+        return bound if bound > 0 else None
+
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.
 
@@ -196,6 +216,12 @@ class Site(nn.Module):
             The tagged tensor, or None if the operand is plain and was not planned to be.
         """
         tag = tag_of(x)
+        if tag is None and self.switches.recomputing:
+            # Reentrant checkpointing detaches what it repeats from; the tag is that of the first time.
+            tag = self.seen.get(position)
+            x = x if tag is None else with_tag(x, tag)
+        elif self.training and not capturing():
+            self.seen[position] = tag
         if tag is not None and tag.bits <= WIDEST_OPERAND:
             bits = self.config.activation_bits if self.config else tag.bits
             return x if tag.bits == bits else self.requantized(x, tag, bits)
@@ -207,7 +233,7 @@ class Site(nn.Module):
 
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
-        step = tag.step * 2.0 ** (tag.bits - bits)
+        step = narrowed_step(tag, bits)
         if x.dtype.is_floating_point and self.switches.system == "fake":
             usable = readable(step, x)
             y = fake_quantize(x, usable, *code_limits(bits), self.rounding)
@@ -257,6 +283,7 @@ class Site(nn.Module):
         """Round a plain tensor with an input quantizer in the current number system."""
         if self.switches.system != "integer":
             return quantizer(x, learn=self.learning)  # type: ignore[no-any-return]
+        x = real_values(x)
         step = float(quantizer.step())
         low, high = quantizer.code_bounds(step)
         grid = quantizer.grid
@@ -264,6 +291,14 @@ class Site(nn.Module):
             x.float(), step, grid.bits, int(low), int(high), grid.rounding, self.platform_name
         )
         return with_tag(codes, quantizer.tag(step, x.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Site:
+        """Follow the model to its device; a limit stays float32 like every range."""
+        bound = self._buffers.get("output_bound")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bound is not None:
+            self.output_bound = bound.to(self.output_bound.device)
+        return self
 
     def thaw(self) -> None:
         """Forget everything derived from weights and ranges."""
@@ -283,6 +318,21 @@ class Site(nn.Module):
         return self.key
 
 
+def narrowed_step(tag: Tag, bits: int) -> Scalar:
+    """Return the step at which ``bits`` cover what the codes of a tag reach."""
+    step = tag.step * 2.0 ** (tag.bits - bits)
+    if bits > tag.bits or tag.reach is None:
+        return step
+    needed = tag.reach * 2.0 ** (1 - bits)
+    if isinstance(step, float) and isinstance(needed, float):
+        # Only by powers of two of the present step: a shift, also for a free scale.
+        while step > tag.step and step * 0.5 >= needed:
+            step *= 0.5
+        return step
+    shift = torch.ceil(torch.log2(torch.as_tensor(needed) / tag.step)).clamp(0, tag.bits - bits)
+    return tag.step * torch.exp2(shift)
+
+
 def step_of(x: Tensor) -> Scalar:
     """Return the step of a tagged tensor."""
     tag = tag_of(x)
@@ -290,6 +340,14 @@ def step_of(x: Tensor) -> Scalar:
         msg = "internal: the tensor carries no tag."
         raise RuntimeError(msg)
     return tag.step
+
+
+def real_values(x: Tensor) -> Tensor:
+    """Return the real values of a tensor: integers are dequantized, everything else passes."""
+    tag = tag_of(x)
+    if tag is None or x.dtype.is_floating_point:
+        return x
+    return dequantize(x, float(tag.step), "").to(tag.dtype)
 
 
 def integer_codes(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Tag:
         site: Key of the site whose quantizer made the tensor.
         dtype: The floating dtype that the model's own code sees.
         zero_point: The code of real zero; 0 for the symmetric grids.
+        reach: Largest magnitude the codes are there to cover; a step that a platform made coarser
+            covers more. None if unknown.
     """
 
     step: Scalar
@@ -30,6 +32,7 @@ class Tag:
     site: str
     dtype: torch.dtype = torch.float32
     zero_point: int = 0
+    reach: Scalar | None = None
 
 
 def tag_of(x: object) -> Tag | None:

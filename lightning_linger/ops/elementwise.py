@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_
 from lightning_linger.core.integer import (
     code_limits,
     divide_by_scale,
+    integer_op,
     multiplier,
     payload_dtype,
     rescale,
@@ -45,7 +47,7 @@ class CatCall(NamedTuple):
 # --- integer kernels ------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linger::add", mutates_args=())
+@integer_op("linger::add")
 def integer_add(
     x: Tensor,
     y: Tensor,
@@ -182,11 +184,11 @@ def _(
     platform: str,
     round_operands: bool,
 ) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
 
 
-@torch.library.custom_op("linger::mul", mutates_args=())
+@integer_op("linger::mul")
 def integer_mul(
     x: Tensor,
     y: Tensor,
@@ -229,11 +231,11 @@ def _(
     rounding: str,
     platform: str,
 ) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
 
 
-@torch.library.custom_op("linger::cat", mutates_args=())
+@integer_op("linger::cat")
 def integer_cat(
     tensors: Sequence[Tensor],
     dim: int,
@@ -390,7 +392,7 @@ class AddOp(_Binary):
             output.grid.rounding,
             _stored_zero(site.platform_name, *(payload_dtype(bits) for bits in widths)),
         )
-        low, high = output.code_bounds(float(step))
+        low, high = (int(edge) for edge in output.code_bounds(float(step)))
         values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
         return with_tag(straight_through(values, total), output.tag(step, dtype))
 
@@ -414,7 +416,8 @@ class MulOp(_Binary):
             if not site.training and site.widest_operand > 8:
                 x, y = (v.double() if isinstance(v, Tensor) else v for v in (x, y))
             real_x, real_y = (v.value if isinstance(v, _Factor) else v for v in (x, y))
-            return finish(site, real_x * real_y, product, True, dtype)
+            real: Any = real_x * real_y
+            return finish(site, real, product, True, dtype)
 
     def integer(self, site: Site, call: BinaryCall) -> Any:
         """Call ``linger::mul``."""
@@ -469,7 +472,8 @@ class CatOp(Op):
             x if step_of(x) is step else fake_quantize(x, usable, *limits, site.rounding)
             for x in parts
         ]
-        return with_tag(torch.cat(rounded, call.dim), Tag(step, tag.bits, site.key, tag.dtype))
+        tag = dataclasses.replace(tag, step=step, site=site.key, reach=_farthest(parts))
+        return with_tag(torch.cat(rounded, call.dim), tag)
 
     def integer(self, site: Site, call: CatCall) -> Any:
         """Call ``linger::cat``."""
@@ -488,7 +492,8 @@ class CatOp(Op):
             site.rounding,
             site.platform_name,
         )
-        return with_tag(codes, Tag(max(steps), tag.bits, site.key, tag.dtype))
+        tag = dataclasses.replace(tag, step=max(steps), site=site.key, reach=_farthest(parts))
+        return with_tag(codes, tag)
 
     def _parts(self, site: Site, call: CatCall) -> list[Tensor] | None:
         parts = [site.operand(position, x) for position, x in enumerate(call.tensors)]
@@ -604,15 +609,22 @@ def _saturated(
     total: Tensor, usable: Scalar, step: Scalar, output: Quantizer, dtype: torch.dtype
 ) -> Tensor:
     """Saturate a sum that is on the output grid already; an eager CPU sum is overwritten."""
-    low, high = (code * usable for code in output.code_bounds(usable))
+    bounds = [code * usable for code in output.code_bounds(usable)]
     if capturing() or isinstance(usable, Tensor):
-        edges = (torch.as_tensor(edge, dtype=total.dtype, device=total.device) for edge in (low, high))
+        edges = (torch.as_tensor(edge, dtype=total.dtype, device=total.device) for edge in bounds)
         y = _SaturateOutOfPlace.apply(total, *edges)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and total.requires_grad:
-        y = _Saturate.apply(total, low, high)  # type: ignore[no-untyped-call]
+        y = _Saturate.apply(total, *bounds)  # type: ignore[no-untyped-call]
     else:
+        low, high = (float(edge) for edge in bounds)
         y = total.clamp_(low, high)
     return with_tag(y.to(dtype), output.tag(step, dtype))
+
+
+def _farthest(parts: list[Tensor]) -> Scalar | None:
+    reaches = [tag.reach for tag in map(tag_of, parts) if tag is not None]
+    known = [reach for reach in reaches if reach is not None]
+    return _coarsest(known) if len(known) == len(parts) else None
 
 
 def _coarsest(steps: list[Scalar]) -> Scalar:

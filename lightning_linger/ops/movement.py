@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_linger.core.integer import code_limits
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.rounding import ROUNDINGS
+from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import tag_of, with_tag
 
@@ -115,8 +114,7 @@ class PadOp(Op):
         tag = tag_of(call.input)
         assert tag is not None
         low, high = code_limits(tag.bits)
-        rounded = ROUNDINGS[site.rounding](torch.tensor(call.value / step, dtype=torch.float64))
-        return max(low, min(high, int(rounded)))
+        return max(low, min(high, round_value(call.value / step, site.rounding)))
 
     def _pad(self, call: PadCall, x: Tensor, value: float) -> Tensor:
         if call.mode == "constant":

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
-    code_limits,
+    float32_code_limits,
     integer_op,
     payload_dtype,
 )
@@ -30,6 +30,7 @@ from lightning_linger.ops.folding import (
     update_running,
 )
 from lightning_linger.ops.weighted import (
+    finest_for_bias,
     finish,
     integer_result,
     minimum_step,
@@ -218,7 +219,7 @@ class BatchNormOp(Op):
             site.platform_name,
             prepared.exact_in_float32,
         )
-        return y if result.tag is None else with_tag(y, result.tag)
+        return site.limit_output(y) if result.tag is None else with_tag(y, result.tag)
 
     # --- folded -----------------------------------------------------------------------------
 
@@ -239,9 +240,11 @@ class BatchNormOp(Op):
         else:
             gamma = full(call.weight) if call.weight is not None else y.new_ones(y.shape[1])
             beta = full(call.bias) if call.bias is not None else torch.zeros_like(gamma)
-            y, mean, var = normalize_scaled(
-                y, folded, gamma, self._limited_bias(site, call, folded, gamma, beta), call.eps
-            )
+            bias = self._limited_bias(site, call, folded, gamma, beta)
+            if folded.conv_bias is not None:
+                # Batch statistics cancel it; DDP still expects a gradient, which is zero.
+                bias = bias + 0.0 * full(folded.conv_bias)
+            y, mean, var = normalize_scaled(y, folded, gamma, bias, call.eps)
             statistics = (mean, var)
         if call.running_mean is not None and call.running_var is not None:
             update_running(
@@ -301,9 +304,12 @@ class BatchNormOp(Op):
         assert grid is not None
         assert site.config is not None
         absmax = alpha.detach().abs().float()
+        finest = finest_for_bias(beta, step_x, site.config.bias_bits)
+        if finest is not None:
+            absmax = torch.maximum(absmax, finest * grid.qmax)
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
         alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
-        limits_b = code_limits(site.config.bias_bits)
+        limits_b = float32_code_limits(site.config.bias_bits)
         beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
         return alpha, beta, step_a
 

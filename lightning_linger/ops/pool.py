@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_linger.core.fake_quantize import straight_through
-from lightning_linger.core.integer import code_limits, payload_dtype, rescale
+from lightning_linger.core.integer import code_limits, integer_op, payload_dtype, rescale
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site, integer_codes
@@ -105,7 +106,7 @@ def divide(sums: Tensor, count: int | Tensor, low: int, high: int, rounding: str
 # --- integer kernels ------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linger::avg_pool", mutates_args=())
+@integer_op("linger::avg_pool")
 def integer_avg_pool(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -165,7 +166,7 @@ def _(
     return x.new_empty(shape, dtype=payload_dtype(bits))
 
 
-@torch.library.custom_op("linger::mean", mutates_args=())
+@integer_op("linger::mean")
 def integer_mean(
     x: Tensor,
     dim: Sequence[int],
@@ -194,7 +195,7 @@ def _(
     return x.float().sum(dim=list(dim), keepdim=keepdim).to(payload_dtype(bits))
 
 
-@torch.library.custom_op("linger::max_pool", mutates_args=())
+@integer_op("linger::max_pool")
 def integer_max_pool(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -272,7 +273,7 @@ class AvgPoolOp(Op):
     def _bind_adaptive(self, input: Tensor, output_size: Any) -> PoolCall:
         if isinstance(output_size, int):
             output_size = (output_size,) * self.dims
-        sizes = tuple(input.shape[-self.dims :])
+        sizes = tuple(int(size) for size in input.shape[-self.dims :])
         wanted = tuple(s if o is None else o for s, o in zip(sizes, output_size, strict=True))
         kernel = tuple(s // o for s, o in zip(sizes, wanted, strict=True))
         uneven = None
@@ -288,7 +289,7 @@ class AvgPoolOp(Op):
         """Sum on the grid, divide and round."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
-        if x is None or tag is None:
+        if x is None or tag is None or call.unsupported is not None:
             return NotImplemented
         geometry = (call.kernel_size, call.stride, call.padding, call.ceil_mode)
         count = window_counts(x, *geometry, call.count_include_pad, call.divisor)
@@ -299,7 +300,7 @@ class AvgPoolOp(Op):
         """Call ``linger::avg_pool``."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
-        if x is None or tag is None:
+        if x is None or tag is None or call.unsupported is not None:
             return NotImplemented
         codes = integer_avg_pool(
             integer_codes(x),
@@ -456,7 +457,7 @@ def _averaged(site: Site, sums: Tensor, count: int | Tensor, tag: Tag) -> Tensor
 
 
 def _own(tag: Tag, site: Site) -> Tag:
-    return Tag(tag.step, tag.bits, site.key, tag.dtype, tag.zero_point)
+    return dataclasses.replace(tag, site=site.key)
 
 
 register(

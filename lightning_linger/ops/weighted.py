@@ -13,10 +13,16 @@ from torch import Tensor
 from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.grid import Grid
-from lightning_linger.core.integer import EXACT_FLOAT32, code_limits, payload_dtype
+from lightning_linger.core.integer import (
+    EXACT_FLOAT32,
+    code_limits,
+    float32_code_limits,
+    payload_dtype,
+)
 from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op
+from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
@@ -134,8 +140,7 @@ class WeightedOp(Op):
         prepared = self._prepare(site, call, float(tag.step), tag.bits)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
-        if result.tag is not None:
-            y = with_tag(y, result.tag)
+        y = with_tag(y, result.tag) if result.tag is not None else site.limit_output(y)
         return mark_folded(y, Folded()) if site.active_fold is not None else y
 
     # --- training ---------------------------------------------------------------------------
@@ -182,6 +187,8 @@ class WeightedOp(Op):
         mean, var = batch_statistics(plain)
         factor = gamma_of(bn) * torch.rsqrt(var + bn.eps)
         bias = beta_of(bn) - mean * factor
+        if call.bias is not None:
+            bias = bias + 0.0 * full(call.bias)  # see BatchNormOp: a gradient of zero, for DDP
         weight = full(call.weight) * self.per_channel(call, factor)
         parameters = self._constrained(site, call, weight, bias, step_x)
         y = self.apply(call, x, parameters.weight, parameters.bias)
@@ -251,20 +258,29 @@ class WeightedOp(Op):
         if step_x is None or site.weight_grid is None or site.config is None:
             return Parameters(weight, bias)
         grid = site.weight_grid
-        step_w = self._weight_step(site, call, weight.detach(), grid)
+        finest = finest_for_bias(bias, step_x, site.config.bias_bits)
+        step_w = self._weight_step(site, call, weight.detach(), grid, finest)
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         weight = on_grid(weight, steps, (grid.qmin, grid.qmax), grid.rounding)
         if bias is not None:
-            limits_b = code_limits(site.config.bias_bits)
+            limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
         return Parameters(weight, bias, step_w)
 
-    def _weight_step(self, site: Site, call: Any, weight: Tensor, grid: Grid) -> Scalar:
+    def _weight_step(
+        self, site: Site, call: Any, weight: Tensor, grid: Grid, finest: Tensor | None
+    ) -> Scalar:
         if site.granularity == "channel":
-            return grid.step(self.channel_reduce(call, weight, "amax").float())
-        low, high = torch.aminmax(weight)
-        absmax = torch.maximum(-low, high).float()
+            absmax = self.channel_reduce(call, weight, "amax").float()
+        else:
+            low, high = torch.aminmax(weight)
+            absmax = torch.maximum(-low, high).float()
+            finest = None if finest is None else finest.amax()
+        if finest is not None:
+            absmax = torch.maximum(absmax, finest * grid.qmax)
+        if absmax.dim():
+            return grid.step(absmax)
         return grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
 
     # --- evaluation -------------------------------------------------------------------------
@@ -382,6 +398,13 @@ class IntegerResult:
     tag: Tag | None
 
 
+def finest_for_bias(bias: Tensor | None, step_x: Scalar, bits: int) -> Tensor | None:
+    """Return the finest weight step, per channel, at which the bias fits its codes."""
+    if bias is None:
+        return None
+    return bias.detach().abs().float() / (step_x * float32_code_limits(bits)[1])
+
+
 def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
     """Return what a kernel has to produce from an accumulator of step ``product``.
 
@@ -393,12 +416,40 @@ def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
     output = site.output
     if output is None:
         if site.config is not None and site.config.output_bits == 32:
-            limits = code_limits(32)
+            limits = _limited_codes(site, product, *code_limits(32))
             return IntegerResult(product, 32, *limits, Tag(product, 32, site.key, tag.dtype))
         return IntegerResult(0.0, 0, 0, 0, None)
     step = float(output.step(minimum_step(site, product)))
-    low, high = output.code_bounds(step)
-    return IntegerResult(step, output.grid.bits, int(low), int(high), output.tag(step, tag.dtype))
+    low, high = (int(bound) for bound in output.code_bounds(step))
+    if not _only_caps(site):
+        low, high = _limited_codes(site, step, low, high)
+    return IntegerResult(step, output.grid.bits, low, high, output.tag(step, tag.dtype))
+
+
+def _only_caps(site: Site) -> bool:
+    """Whether an output limit cuts the observed range instead of the values (a static one)."""
+    limits = site.active_limits
+    return limits is None or limits.output is None or limits.output.kind == "static"
+
+
+def _limited_codes(site: Site, step: float, low: int, high: int) -> tuple[int, int]:
+    """Cut code bounds at the output limit; rounding is monotone, so this is limiting first."""
+    bound = site.output_limit()
+    if bound is None:
+        return low, high
+    edges = torch.tensor([-bound / step, bound / step], dtype=torch.float64)
+    lowest, highest = ROUNDINGS[site.rounding](edges).tolist()
+    return max(low, int(lowest)), min(high, int(highest))
+
+
+def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dtype) -> Tensor:
+    """Round a result to the 32-bit grid of its accumulator, with the gradient of the identity."""
+    with torch.no_grad():
+        low, high = code_limits(32)
+        codes = ROUNDINGS[site.rounding](y.double() / product)
+        values = (codes.clamp_(low, high) * product).to(dtype)
+    y = straight_through(values, y.to(dtype))
+    return with_tag(y, Tag(product, 32, site.key, dtype))
 
 
 def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str) -> Tensor:
@@ -439,10 +490,9 @@ def finish(
     if not quantized:
         return y.to(dtype)
     if site.output is None:
-        y = y.to(dtype)
         if site.config is not None and site.config.output_bits == 32 and product is not None:
-            return with_tag(y, Tag(product, 32, site.key, y.dtype))
-        return y
+            return _accumulator_output(site, y, product, dtype)
+        return y.to(dtype)
     cap = limits.output.value if static and limits and limits.output else math.inf
     if site.learning:
         site.output.observe(y, cap)
