@@ -38,6 +38,7 @@ class Node:
         args: Positional arguments with every tensor replaced by its :class:`TensorSpec`.
         kwargs: Keyword arguments, likewise.
         inputs: Specs of all tensors among the arguments, in order.
+        written: The value that the call overwrites, if any.
         outputs: Specs of all tensors among the results, in order.
         location: ``file:line`` of the model code that made the call.
     """
@@ -50,6 +51,7 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[TensorSpec, ...]
+    written: int | None
     outputs: tuple[TensorSpec, ...]
     location: str
 

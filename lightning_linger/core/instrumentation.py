@@ -312,6 +312,8 @@ class Instrumentation(nn.Module):
         system = site.system() if site is not None else None
         result = NotImplemented
         if site is not None and system is not None:
+            if system == "float" and self.switches.system == "integer":
+                args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
             call = op.bind(*_in_order(args, canonical), **kwargs)
             result = self._run_site(site, op, system, call)
         if result is NotImplemented:
@@ -321,11 +323,14 @@ class Instrumentation(nn.Module):
         return result
 
     def _run_site(self, site: Site, op: Op, system: str, call: Any) -> Any:
-        if system == "fake":
-            return op.fake(site, call)
-        if system == "integer":
-            return op.integer(site, call)
-        return op.float(site, call)
+        if system == "float":
+            return op.run_float(site, call)
+        run = op.run_fake if system == "fake" else op.run_integer
+        result = run(site, call)
+        if site.released and result is not NotImplemented:
+            # A clone has no tag and nobody's gradient depends on its memory.
+            return real_values(result).clone()
+        return result
 
     def _notify(
         self,
@@ -341,7 +346,7 @@ class Instrumentation(nn.Module):
 
         def run_float() -> Any:
             plain = tree_map_only(Tensor, _plain_values, call)
-            found = site.op.float(site, plain)
+            found = site.op.run_float(site, plain)
             if found is not NotImplemented:
                 return found
             plain_args, plain_kwargs = tree_map_only(Tensor, _plain_values, (args, kwargs))

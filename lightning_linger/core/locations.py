@@ -42,9 +42,9 @@ def directly_checkpointed() -> bool:
     return False
 
 
-def checkpoint_region() -> int | None:
-    """Return an identity of the innermost running ``checkpoint`` call, None outside of any."""
+def checkpoint_region() -> FrameType | None:
+    """Return the frame of the innermost running ``checkpoint`` call, None outside of any."""
     for frame in _frames():
         if frame.f_code.co_filename.endswith(_CHECKPOINT) and frame.f_code.co_name == "checkpoint":
-            return id(frame)
+            return frame
     return None

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_linger.core.tags import tag_of, with_tag
@@ -16,6 +17,9 @@ def move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     if isinstance(result, Tensor):
         return with_tag(result, tag)
+    if torch.compiler.is_dynamo_compiling():
+        # Dynamo lets attributes be set on the result of a call, but not on a part of one.
+        result = tuple(part.view_as(part) for part in result)
     for part in result:
         with_tag(part, tag)
     return result

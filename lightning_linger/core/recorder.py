@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -42,7 +43,8 @@ class Recorder:
         # Recorded tensors are kept alive, so that an `id` is never reused.
         self._alive: list[Tensor] = []
         self._overwritten: dict[int, int] = {}
-        self._regions: dict[str, int | None] = {}
+        # The frames themselves: an `id` would be used again once a frame is gone.
+        self._regions: dict[str, FrameType | None] = {}
 
     def call(
         self,
@@ -69,6 +71,10 @@ class Recorder:
         if canonical is not None and canonical.swapped:
             spec_args = (spec_args[1], spec_args[0], *spec_args[2:])
         inplace = bool(kwargs.get("inplace")) or (canonical is not None and canonical.inplace)
+        target = kwargs.get("out") if isinstance(kwargs.get("out"), Tensor) else None
+        written = self._spec(target).value if target is not None else None
+        if inplace and inputs:
+            written = inputs[0].value
         result = func(*args, **kwargs)
         if inplace and isinstance(result, Tensor):
             if not inputs[0].constant:
@@ -86,6 +92,7 @@ class Recorder:
                 args=spec_args,
                 kwargs=spec_kwargs,
                 inputs=inputs,
+                written=written,
                 outputs=outputs,
                 location=caller_location(),
             )
@@ -111,11 +118,11 @@ class Recorder:
             )
             raise UnsupportedError(msg)
         region = checkpoint_region()
-        if self._regions.setdefault(activation.path, region) != region:
+        if self._regions.setdefault(activation.path, region) is not region:
             msg = (
-                f"`{key}` at {caller_location()}: a module that is called both inside and outside "
-                "of a checkpointed part of the forward cannot be found again during backward. Use "
-                "one module per part, or call it without `torch.utils.checkpoint`."
+                f"`{key}` at {caller_location()}: a module that is called several times in one "
+                "forward, not all in the same checkpointed part, cannot be found again during "
+                "backward. Use one module per part, or do without `torch.utils.checkpoint`."
             )
             raise UnsupportedError(msg)
 

@@ -20,7 +20,7 @@ class Call(Protocol):
 class Op:
     """The meaning of one torch function in the three number systems.
 
-    ``float``, ``fake`` and ``integer`` take the site and the bound call. They only read what was
+    ``run_float``, ``run_fake`` and ``run_integer`` take the site and the bound call. They only read what was
     prepared, because a graph capture runs them too. Each may return ``NotImplemented`` for a call
     it has no meaning for; the torch function then runs on plain values.
 
@@ -53,15 +53,15 @@ class Op:
         """Say why this call (tensors may be :class:`TensorSpec`) has no integer form, if so."""
         return None
 
-    def float(self, site: Site, call: Any) -> Any:
+    def run_float(self, site: Site, call: Any) -> Any:
         """Run with BN folding and range limits, without quantization."""
         return NotImplemented
 
-    def fake(self, site: Site, call: Any) -> Any:
+    def run_fake(self, site: Site, call: Any) -> Any:
         """Run on floats that lie on the integer grid."""
         raise NotImplementedError
 
-    def integer(self, site: Site, call: Any) -> Any:
+    def run_integer(self, site: Site, call: Any) -> Any:
         """Run on the integers themselves."""
         raise NotImplementedError
 

@@ -99,6 +99,8 @@ class Site(nn.Module):
         completes_fold: For a batch norm: the layer before it has taken it in.
         merged: For an activation: its clamping happens in the quantizer before it.
         released: A plain op writes into the result in place: it leaves the grid as a copy.
+        weight_is_computed: The weight is a function of parameters (a parametrization), made anew in
+            each forward.
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
         why_float: Why the site is not quantized, if so.
@@ -127,6 +129,7 @@ class Site(nn.Module):
         self.prepared: dict[str, Any] = {}
         self.seen: dict[int, Tag | None] = {}
         self.released = False
+        self.weight_is_computed = False
 
     @property
     def quantized(self) -> bool:

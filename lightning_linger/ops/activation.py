@@ -56,7 +56,7 @@ class ClampOp(Op):
         """Bounds that are tensors have no place in the quantizer's edges."""
         return None if call.supported else "clamping between tensors has no integer form"
 
-    def fake(self, site: Site, call: ClampCall) -> Any:
+    def run_fake(self, site: Site, call: ClampCall) -> Any:
         """Clamp to the bounds as they lie on the input's grid."""
         if site.merged and tag_of(call.input) is not None:
             return call.input
@@ -67,7 +67,7 @@ class ClampOp(Op):
         low, high = (_on_grid(edge, tag.step, tag.bits) for edge in (call.low, call.high))
         return with_tag(_clamp(x, low, high), tag)
 
-    def integer(self, site: Site, call: ClampCall) -> Any:
+    def run_integer(self, site: Site, call: ClampCall) -> Any:
         """Call ``linger::clamp``."""
         if site.merged and tag_of(call.input) is not None:
             return call.input

@@ -316,7 +316,7 @@ class AddOp(_Binary):
         super().__init__(kind)
         self.sign = sign
 
-    def fake(self, site: Site, call: BinaryCall) -> Any:
+    def run_fake(self, site: Site, call: BinaryCall) -> Any:
         """Add on the grid, with the platform's order of rounding."""
         pair = self._operand_pair(site, call)
         output = site.output
@@ -335,7 +335,7 @@ class AddOp(_Binary):
                 return _saturated(_total(a, b, self.sign), usable, step, output, dtype)
             return self._rounded_once(site, output, x, y, step, dtype)
 
-    def integer(self, site: Site, call: BinaryCall) -> Any:
+    def run_integer(self, site: Site, call: BinaryCall) -> Any:
         """Call ``linger::add``."""
         pair = self._operand_pair(site, call)
         output = site.output
@@ -403,7 +403,7 @@ class MulOp(_Binary):
     A number becomes a constant of the output's width at the finest power-of-two step that holds it.
     """
 
-    def fake(self, site: Site, call: BinaryCall) -> Any:
+    def run_fake(self, site: Site, call: BinaryCall) -> Any:
         """Multiply on the grid."""
         pair = self._operand_pair(site, call)
         output = site.output
@@ -419,7 +419,7 @@ class MulOp(_Binary):
             real: Any = real_x * real_y
             return finish(site, real, product, True, dtype)
 
-    def integer(self, site: Site, call: BinaryCall) -> Any:
+    def run_integer(self, site: Site, call: BinaryCall) -> Any:
         """Call ``linger::mul``."""
         pair = self._operand_pair(site, call)
         output = site.output
@@ -458,7 +458,7 @@ class CatOp(Op):
         """All tensors."""
         return list(call.tensors)
 
-    def fake(self, site: Site, call: CatCall) -> Any:
+    def run_fake(self, site: Site, call: CatCall) -> Any:
         """Round every operand to the common step, then concatenate."""
         parts = self._parts(site, call)
         if parts is None:
@@ -475,7 +475,7 @@ class CatOp(Op):
         tag = dataclasses.replace(tag, step=step, site=site.key, reach=_farthest(parts))
         return with_tag(torch.cat(rounded, call.dim), tag)
 
-    def integer(self, site: Site, call: CatCall) -> Any:
+    def run_integer(self, site: Site, call: CatCall) -> Any:
         """Call ``linger::cat``."""
         parts = self._parts(site, call)
         if parts is None:

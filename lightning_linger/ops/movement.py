@@ -57,7 +57,7 @@ class DropoutOp(Op):
         kwargs.pop("inplace", None)
         return DropoutCall(*args[:3], **kwargs)
 
-    def fake(self, site: Site, call: DropoutCall) -> Any:
+    def run_fake(self, site: Site, call: DropoutCall) -> Any:
         """Drop in training, pass in evaluation."""
         tag = tag_of(call.input)
         if tag is None:
@@ -67,7 +67,7 @@ class DropoutOp(Op):
         function = getattr(F, site.node.function)
         return with_tag(function(call.input, call.p, True), tag)
 
-    def integer(self, site: Site, call: DropoutCall) -> Any:
+    def run_integer(self, site: Site, call: DropoutCall) -> Any:
         """Pass: the integer model does not drop."""
         return call.input if tag_of(call.input) is not None else NotImplemented
 
@@ -92,7 +92,7 @@ class PadOp(Op):
             args = (args[0], args[1], "constant", args[2])
         return PadCall(*args, **kwargs)
 
-    def fake(self, site: Site, call: PadCall) -> Any:
+    def run_fake(self, site: Site, call: PadCall) -> Any:
         """Pad with a value on the grid."""
         tag = tag_of(call.input)
         if tag is None:
@@ -100,7 +100,7 @@ class PadOp(Op):
         step = float(tag.step) if call.value else 1.0
         return with_tag(self._pad(call, call.input, self._code(site, call, step) * step), tag)
 
-    def integer(self, site: Site, call: PadCall) -> Any:
+    def run_integer(self, site: Site, call: PadCall) -> Any:
         """Pad with a code."""
         tag = tag_of(call.input)
         if tag is None:

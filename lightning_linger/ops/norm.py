@@ -152,7 +152,7 @@ class BatchNormOp(Op):
             return "a batch norm without running statistics normalizes by the batch at run time"
         return None
 
-    def float(self, site: Site, call: BatchNormCall) -> Any:
+    def run_float(self, site: Site, call: BatchNormCall) -> Any:
         """Complete a folded layer, or limit scale, shift and output."""
         folded = folded_of(call.input)
         if folded is not None:
@@ -166,7 +166,7 @@ class BatchNormOp(Op):
         y = _scale_shift(call.input, alpha, beta)
         return finish(site, y, None, quantized=False, dtype=call.input.dtype)
 
-    def fake(self, site: Site, call: BatchNormCall) -> Any:
+    def run_fake(self, site: Site, call: BatchNormCall) -> Any:
         """Complete a folded layer, or scale and shift on the grid."""
         folded = folded_of(call.input)
         if folded is not None:
@@ -192,7 +192,7 @@ class BatchNormOp(Op):
             y = _scale_shift(x, alpha, beta)
             return finish(site, y, step_x * max(prepared.steps), True, tag.dtype)
 
-    def integer(self, site: Site, call: BatchNormCall) -> Any:
+    def run_integer(self, site: Site, call: BatchNormCall) -> Any:
         """Scale and shift codes."""
         if folded_of(call.input) is not None:
             return call.input

@@ -285,7 +285,7 @@ class AvgPoolOp(Op):
         """Adaptive windows may differ in size."""
         return call.unsupported
 
-    def fake(self, site: Site, call: PoolCall) -> Any:
+    def run_fake(self, site: Site, call: PoolCall) -> Any:
         """Sum on the grid, divide and round."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
@@ -296,7 +296,7 @@ class AvgPoolOp(Op):
         sums = window_sums(_summable(x, tag), *geometry)
         return _averaged(site, sums, count, tag)
 
-    def integer(self, site: Site, call: PoolCall) -> Any:
+    def run_integer(self, site: Site, call: PoolCall) -> Any:
         """Call ``linger::avg_pool``."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
@@ -337,7 +337,7 @@ class MeanOp(Op):
             return "a mean over the batch is a statistic, not a layer"
         return "`dtype=` has no integer form" if call.dtype is not None else None
 
-    def fake(self, site: Site, call: MeanCall) -> Any:
+    def run_fake(self, site: Site, call: MeanCall) -> Any:
         """Sum on the grid, divide and round."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
@@ -347,7 +347,7 @@ class MeanOp(Op):
         sums = _summable(x, tag).sum(dim=call.dim, keepdim=call.keepdim)
         return _averaged(site, sums, count, tag)
 
-    def integer(self, site: Site, call: MeanCall) -> Any:
+    def run_integer(self, site: Site, call: MeanCall) -> Any:
         """Call ``linger::mean``."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
@@ -405,7 +405,7 @@ class MaxPoolOp(Op):
         """Indices are not a quantized value."""
         return call.unsupported
 
-    def fake(self, site: Site, call: PoolCall) -> Any:
+    def run_fake(self, site: Site, call: PoolCall) -> Any:
         """Pool; maxima of grid values are on the grid."""
         x = site.operand(0, call.input)
         tag = tag_of(x)
@@ -416,7 +416,7 @@ class MaxPoolOp(Op):
         )
         return with_tag(pooled, _own(tag, site))
 
-    def integer(self, site: Site, call: PoolCall) -> Any:
+    def run_integer(self, site: Site, call: PoolCall) -> Any:
         """Call ``linger::max_pool``."""
         x = site.operand(0, call.input)
         tag = tag_of(x)

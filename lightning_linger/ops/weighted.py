@@ -72,6 +72,7 @@ class Prepared:
         exact_in_float32: Whether every accumulator, bias and rounding half included, stays below
             2^24 for any input codes, so that float32 arithmetic is exact.
         validity: What it was derived from.
+        source: The weight it was derived from, if that has no identity of its own.
     """
 
     weight: Tensor
@@ -84,6 +85,7 @@ class Prepared:
     bits_x: int
     exact_in_float32: bool
     validity: tuple[Any, ...]
+    source: Tensor | None
 
 
 class WeightedOp(Op):
@@ -111,14 +113,14 @@ class WeightedOp(Op):
 
     # --- the three number systems -----------------------------------------------------------
 
-    def float(self, site: Site, call: Any) -> Tensor:
+    def run_float(self, site: Site, call: Any) -> Tensor:
         """Run folded and limited, not quantized."""
         if site.active_fold is None:
             return self._run(site, call, call.input, None, call.input.dtype)
         with torch.autocast(call.input.device.type, enabled=False):
             return self._run(site, call, full(call.input), None, call.input.dtype)
 
-    def fake(self, site: Site, call: Any) -> Any:
+    def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
         with torch.autocast(call.input.device.type, enabled=False):
             x = site.operand(0, call.input)
@@ -130,7 +132,7 @@ class WeightedOp(Op):
                 return self._run(site, call, full(x), tag.step, tag.dtype)
             return self._evaluate(site, call, full(x), tag)
 
-    def integer(self, site: Site, call: Any) -> Any:
+    def run_integer(self, site: Site, call: Any) -> Any:
         """Run on the integers."""
         x = site.operand(0, call.input)
         if x is None:
@@ -320,7 +322,7 @@ class WeightedOp(Op):
 
     def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
         found: Prepared | None = site.prepared.get("weights")
-        if found is not None and (capturing() or found.validity == _validity(site, call)):
+        if found is not None and (capturing() or _is_valid(found, site, call)):
             return found
         step_x = float(step_x)
         with torch.no_grad():
@@ -352,6 +354,7 @@ class WeightedOp(Op):
                 bits_x=bits_x,
                 exact_in_float32=exact,
                 validity=_validity(site, call),
+                source=call.weight.clone() if site.weight_is_computed else None,
             )
         site.prepared["weights"] = found
         return found
@@ -507,9 +510,14 @@ def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]
     )
 
 
+def _is_valid(found: Prepared, site: Site, call: Any) -> bool:
+    same_weight = found.source is None or torch.equal(found.source, call.weight)
+    return same_weight and found.validity == _validity(site, call)
+
+
 def _validity(site: Site, call: Any) -> tuple[Any, ...]:
     bn: Any = site.active_fold
-    tensors = [call.weight, call.bias]
+    tensors = [None if site.weight_is_computed else call.weight, call.bias]
     if bn is not None:
         tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
     return (versions_of(tensors), site.switches.fuse, site.switches.normalize)

@@ -130,7 +130,7 @@ def _isolated(instrumentation: Instrumentation, event: Event) -> Tensor | None:
     switches = instrumentation.switches
     switches.system = "integer"
     try:
-        result = event.site.op.integer(event.site, event.call)
+        result = event.site.op.run_integer(event.site, event.call)
     finally:
         switches.system = "fake"
     return real_values(result) if isinstance(result, Tensor) else None

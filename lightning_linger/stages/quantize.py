@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,27 +100,40 @@ class _Planner:
         self.graph = instrumentation.graph
         self.config = config
         self.selection = selection
+        self.constants: set[int] = set()
         self.device = next(
             (t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")
         )
 
     def run(self) -> None:
-        for site in self.instrumentation.sites:
-            self._reset(site)
-        for run in self.graph.runs:
-            self._walk(run.nodes)
+        released: set[str] = set()
+        while True:
+            for site in self.instrumentation.sites:
+                self._reset(site, released)
+            for run in self.graph.runs:
+                self._walk(run.nodes)
+            found = {key for run in self.graph.runs for key in self._written_plainly(run.nodes)}
+            if found <= released:
+                break
+            released |= found
         for site in self.instrumentation.sites:
             if site.quantized and site.output is not None:
                 self._look_ahead(site)
 
-    def _reset(self, site: Site) -> None:
+    def _reset(self, site: Site, released: set[str]) -> None:
+        site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
         site.inputs = nn.ModuleDict()
         site.merged, site.why_float = False, "not reached"
 
     def _walk(self, nodes: list[Node]) -> None:
         on_grid: set[int] = set()
+        self.constants = {
+            spec.value for node in nodes for spec in node.inputs if spec.constant
+        }
         for node in nodes:
+            if all(spec.value in self.constants for spec in node.inputs):
+                self.constants |= {spec.value for spec in node.outputs}
             op = op_of(node.op)
             if op is None:
                 continue
@@ -128,8 +141,34 @@ class _Planner:
                 quantized = bool(node.inputs) and node.inputs[0].value in on_grid
             else:
                 quantized = self._plan(self.instrumentation.find(node.key), node, on_grid)
-            if quantized:
+            if quantized and not self._is_released(node):
                 on_grid |= {spec.value for spec in node.outputs}
+
+    def _written_plainly(self, nodes: list[Node]) -> Iterator[str]:
+        """Find the sites into whose result a call that is not quantized writes in place."""
+        producers = {spec.value: node for node in nodes for spec in node.outputs}
+        for node in nodes:
+            if node.written is None or self._runs_quantized(node):
+                continue
+            source = producers.get(node.written)
+            while source is not None:
+                op = op_of(source.op)
+                if op is not None and op.has_site:
+                    if self.instrumentation.find(source.key).quantized:
+                        yield source.key
+                    break
+                source = producers.get(source.inputs[0].value) if op is not None else None
+
+    def _is_released(self, node: Node) -> bool:
+        op = op_of(node.op)
+        has_site = op is not None and op.has_site
+        return has_site and self.instrumentation.find(node.key).released
+
+    def _runs_quantized(self, node: Node) -> bool:
+        op = op_of(node.op)
+        if op is None or not op.has_site:
+            return op is not None
+        return self.instrumentation.find(node.key).quantized
 
     def _plan(self, site: Site, node: Node, on_grid: set[int]) -> bool:
         """Plan one site; return whether its result is on the grid."""
@@ -162,6 +201,12 @@ class _Planner:
         obstacle = site.op.obstacle(call)
         if obstacle is not None:
             return obstacle
+        if self.graph.is_aliased(site.key):
+            return "works in place on a value that is read again under its old name"
+        if isinstance(site.op, WeightedOp):
+            if call.weight.value not in self.constants:
+                return "its weight is computed from the input"
+            site.weight_is_computed = not call.weight.constant
         if not all(spec.floating for spec in operands):
             return "an operand holds integers, not activations"
         if site.op.needs_quantized_operand and not any(s.value in on_grid for s in operands):

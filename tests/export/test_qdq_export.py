@@ -63,9 +63,10 @@ def differences(
     for a, b in zip(ours, found, strict=True):
         assert a.dtype == torch.from_numpy(b).dtype
         assert a.shape == b.shape
-        assert a.numel() < 20 or a.std() > 0, "the test says nothing about a constant output"
         count += int((a != torch.from_numpy(b)).sum())
-    return count, sum(a.numel() for a in ours)
+    varied = sum(a.numel() for a in ours if a.numel() > 1 and a.std() > 0)
+    assert varied, "the test says nothing about constant outputs"
+    return count, varied
 
 
 def assert_exact(
@@ -465,7 +466,7 @@ class RandomNet(nn.Module):
         if op == "residual":
             return F.relu(layer(x) + x)
         if op == "sub":
-            return x - first if same else number - x
+            return x - first if same and x is not first else number - x
         if op == "mul":
             return x * first if same else x * x
         if op == "scale":
@@ -488,7 +489,7 @@ class RandomNet(nn.Module):
 
 
 @pytest.mark.slow
-@settings(max_examples=24, phases=[Phase.generate])  # shrinking would take minutes
+@settings(max_examples=32, phases=[Phase.generate])  # shrinking would take minutes
 @given(
     operations=st.lists(st.sampled_from(OPERATIONS), min_size=2, max_size=7),
     seed=st.integers(0, 1000),
