@@ -116,7 +116,6 @@ PIECES: dict[str, Callable[[Tensor], Any]] = {
     "split": lambda y: y.split(2, 1)[1],
     "unbind": lambda y: y.unbind(1)[0],
     "slice": lambda y: y[:, :2] * 2.0,
-    "pad": lambda y: F.pad(y, (1, 1), value=0.3),
     "clamp": lambda y: y.clamp(-0.3, 0.4),
     "mean": lambda y: y.mean((2, 3)),
     "cat": lambda y: torch.cat([y, y * 0.1], 1),
@@ -134,6 +133,15 @@ def test_compile_pieces(piece: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for batch in (images(), images() * 2):
         _same(compiled(batch), model(batch))
+
+
+def test_a_call_the_compiler_hides_is_an_error_not_a_silent_float() -> None:
+    model = Lambda(lambda self, x: F.pad(self.a(x), (1, 1), value=0.3), a=nn.Conv2d(3, 4, 3))
+    trained(model, images())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match=r"(?s)hides.*pad"):
+        compiled(images())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
