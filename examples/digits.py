@@ -105,7 +105,7 @@ class DigitsData(pl.LightningDataModule):
         self.test = TensorDataset(images[test], labels[test])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.test, len(self.test))
@@ -163,7 +163,7 @@ def train(platform: str, out: Path, epochs: int) -> dict[str, float]:
         ],
     )
     trainer.fit(model, data)
-    trainer.save_checkpoint(out / f"digits.{platform}.ckpt")
+    trainer.save_checkpoint(out / f"digits.{platform}.ckpt", weights_only=False)
 
     model.eval()
     images, labels = data.test.tensors

@@ -38,9 +38,13 @@ def show_layout(trainer: Any, layouts: Mapping[str, Mapping[str, list[str]]]) ->
 
 
 DASHBOARD = {
+    "Overview": {
+        "codes that differ between integer and fake-quant": [r"integer/mismatches"],
+        "worst layer: SQNR [dB]": [r"quant_error/worst_sqnr", r"integer/worst_sqnr"],
+        "worst layer: saturated share": [r"quant_error/worst_saturation"],
+    },
     "Quantization error (fake-quant against float)": {
         "SQNR per layer [dB]": [r"sqnr/.*"],
-        "cosine per layer": [r"cosine/.*"],
         "saturated share per layer": [r"saturation/.*"],
         "step exponent per layer": [r"exponent/.*"],
     },

@@ -37,7 +37,7 @@ class QuantConfig:
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
         ahead_linear_relu: The same for a linear layer.
-        strict_platform: Make what the engine cannot run an error at set-up instead of a finding.
+        strict_platform: Make an op that the platform's engine cannot run an error at set-up.
     """
 
     platform: str = "venusa"
@@ -96,7 +96,9 @@ class Limit:
             limit = spec
         elif isinstance(spec, int | float) and not isinstance(spec, bool):
             limit = Limit("static", float(spec))
-        elif isinstance(spec, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*\*\s*mean", spec)):
+        elif isinstance(spec, str) and (
+            found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*\*\s*mean", spec)
+        ):
             limit = Limit("mean", float(found[1]))
         elif isinstance(spec, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", spec)):
             limit = Limit("percentile", float(found[1]))

@@ -1,6 +1,7 @@
 """What a target does differently, as data; the targets are in `lightning_linger.platforms`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lightning_linger.core.config import Granularity
 from lightning_linger.core.grid import ScaleKind
@@ -24,6 +25,7 @@ class Platform:
             saturation (LUNA); ``round_sum`` rounds once.
         zero_point: What the engine adds to an 8-bit code to store it. Integers do not notice, but
             onnxruntime adds it to some results in float32 before it rounds them, which costs bits.
+        unsupported: Ops its engine cannot run, and what to use instead.
         dialect: Export dialect the target reads.
         engine_name: How the dialect spells the target.
     """
@@ -38,6 +40,7 @@ class Platform:
     dialect: str
     engine_name: str
     zero_point: int = 0
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def right_shift_only(self) -> bool:

@@ -57,6 +57,8 @@ class Quantizer(nn.Module):
         self.grid = grid
         self.window = window or Window()
         self.estimator = RangeEstimator(range, name)
+        # For reports: a platform may have made the step coarser than the range asks for.
+        self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
 
@@ -133,6 +135,8 @@ class Quantizer(nn.Module):
     def round(self, values: Tensor, step: Scalar, dtype: torch.dtype, clamp: bool = True) -> Tensor:
         """Round to the grid with a given step and tag the result, whose dtype becomes ``dtype``."""
         usable = readable(step, values)
+        if isinstance(usable, float):
+            self.latest_step = usable
         low, high = self.code_bounds(usable, clamp)
         rounded = fake_quantize(values, usable, low, high, self.grid.rounding).to(dtype)
         return with_tag(rounded, self.tag(step, dtype))
@@ -148,7 +152,7 @@ class Quantizer(nn.Module):
         if not can_read(self.estimator.range):
             return self.estimator.absmax()
         low, high = self.estimator.range.tolist()
-        reach = max(-low, high)
+        reach: float = max(-low, high)
         if not self.training:
             self._frozen_reach = reach
         return reach

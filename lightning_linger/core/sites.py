@@ -17,6 +17,7 @@ from lightning_linger.core.config import (
     LimitGradient,
     QuantConfig,
 )
+from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize
 from lightning_linger.core.integer import (
     code_limits,
@@ -200,7 +201,7 @@ class Site(nn.Module):
         return apply_bound(y, self.output_bound.to(y.dtype), limits.gradient)
 
     def output_limit(self) -> float | None:
-        """Return the bound that :meth:`limit_output` applies in evaluation, None if there is none."""
+        """Return the bound :meth:`limit_output` applies in evaluation, None if there is none."""
         limits = self.active_limits
         if limits is None or limits.output is None:
             return None
@@ -220,7 +221,7 @@ class Site(nn.Module):
         """
         tag = tag_of(x)
         if tag is None and self.switches.recomputing:
-            # Reentrant checkpointing detaches what it repeats from; the tag is that of the first time.
+            # Reentrant checkpointing detaches what it repeats from: take the tag of the first time.
             tag = self.seen.get(position)
             x = x if tag is None else with_tag(x, tag)
         elif self.training and not capturing():
@@ -230,6 +231,13 @@ class Site(nn.Module):
             return x if tag.bits == bits else self.requantized(x, tag, bits)
         name = str(position)
         if name not in self.inputs:
+            if torch.compiler.is_dynamo_compiling() and not self.op.needs_quantized_operand:
+                msg = (
+                    f"`{self.key}`: its operand has lost its quantization in torch.compile, which "
+                    "hides calls of `F.pad` from function modes. Pad within the convolution or the "
+                    "pool, or leave this module eager."
+                )
+                raise UnsupportedError(msg)
             return None
         quantizer: Any = self.inputs[name]
         return self.quantized_input(quantizer, x)

@@ -3,8 +3,9 @@
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.linger_dialect import LINGER
+from lightning_linger.export.qdq_dialect import QDQ
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (LINGER,)}
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (LINGER, QDQ)}
 
 
 def dialect_of(name: str) -> Dialect:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_linger.core.fake_quantize import straight_through
@@ -324,7 +324,9 @@ class MeanOp(Op):
 
     output_scale = "inputs"
 
-    def bind(self, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> MeanCall:
+    def bind(
+        self, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+    ) -> MeanCall:
         """Bind ``(input, dim, keepdim)``; ``axis`` is numpy's name of ``dim``."""
         dim = kwargs.get("axis", dim)
         rank = len(input.shape)

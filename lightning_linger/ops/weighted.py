@@ -313,7 +313,7 @@ class WeightedOp(Op):
     ) -> Tensor:
         output = site.output
         assert output is not None  # `in_codes` says so
-        step = float(output.step())
+        step = output.latest_step = float(output.step())
         low, high = output.code_bounds(step)
         y = self.apply(call, x, prepared.weight, prepared.bias)
         y = y.floor_().clamp_(int(low), int(high)).mul_(step).to(tag.dtype)

@@ -3,6 +3,22 @@
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.platform import Platform, register_platform
 
+_NO_CLIP = "a ReLU, and a range limit on the layer before it"
+_NO_3D = "the two-dimensional layer on a reshaped input"
+_LUNA_UNSUPPORTED = {
+    "sub": "an addition with the weights of one side negated",
+    "relu6": _NO_CLIP,
+    "hardtanh": _NO_CLIP,
+    "clamp": _NO_CLIP,
+    "clamp_max": _NO_CLIP,
+    "conv3d": _NO_3D,
+    "conv_transpose1d": "a two-dimensional transposed convolution with height 1",
+    "conv_transpose3d": _NO_3D,
+    "avg_pool3d": _NO_3D,
+    "max_pool3d": _NO_3D,
+    "adaptive_avg_pool3d": _NO_3D,
+}
+
 
 def _luna(name: str, engine_name: str) -> Platform:
     """One of LISTENAI's LUNA engines: power-of-two scales, half-up right shifts, saturation."""
@@ -16,6 +32,7 @@ def _luna(name: str, engine_name: str) -> Platform:
         add="round_operands",
         dialect="linger",
         engine_name=engine_name,
+        unsupported=_LUNA_UNSUPPORTED,
     )
 
 

@@ -14,10 +14,9 @@ from lightning_linger.core.instrumentation import (
     Instrumentation,
     Tap,
     instrumentation_of,
-    real_values,
 )
 from lightning_linger.core.quantizer import Window
-from lightning_linger.core.sites import Site
+from lightning_linger.core.sites import Site, real_values
 from lightning_linger.core.tags import tag_of
 from lightning_linger.simulate.integer import number_system
 from lightning_linger.simulate.metrics import Divergence, DivergenceRow, QuantError, QuantErrorRow
@@ -71,7 +70,9 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
 
     def compare(event: Event) -> None:
         key, fake, tag = event.site.key, event.result, tag_of(event.result)
-        if tag is None or _passes_through(event) or key not in integers or key not in references:
+        if not event.site.quantized or _passes_through(event):
+            return
+        if key not in integers or key not in references:
             return
         isolated = _isolated(instrumentation, event)
         if isolated is None:
@@ -79,7 +80,7 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
         window = _window(event.site)
         meter.update(
             key,
-            float(tag.step),
+            float(tag.step) if tag is not None else 1.0,
             fake,
             integers[key],
             isolated,

@@ -128,9 +128,7 @@ class _Planner:
 
     def _walk(self, nodes: list[Node]) -> None:
         on_grid: set[int] = set()
-        self.constants = {
-            spec.value for node in nodes for spec in node.inputs if spec.constant
-        }
+        self.constants = {spec.value for node in nodes for spec in node.inputs if spec.constant}
         for node in nodes:
             if all(spec.value in self.constants for spec in node.inputs):
                 self.constants |= {spec.value for spec in node.outputs}
@@ -234,6 +232,14 @@ class _Planner:
         return layer.output is not None
 
     def _refuse_unsupported(self, site: Site, config: QuantConfig, platform: Platform) -> None:
+        instead = platform.unsupported.get(site.op.kind)
+        if config.strict_platform and instead is not None:
+            msg = (
+                f"`{site.key}` at {site.node.location}: the engine of platform {platform.name!r} "
+                f"cannot run {site.op.kind}. Use {instead}, leave it in float by an override, or "
+                "set strict_platform=False."
+            )
+            raise UnsupportedError(msg)
         granularity = config.granularity or platform.granularity
         scale = config.scale or platform.scale
         if platform.right_shift_only and scale != "power_of_two":

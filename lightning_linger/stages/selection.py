@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_linger.core.errors import ConfigError, near_matches
+from lightning_linger.core.instrumentation import STATE_NAME
 from lightning_linger.core.registry import supported_kinds
 from lightning_linger.core.sites import Site
 
@@ -75,9 +76,14 @@ class Selection:
         Raises:
             ConfigError: Naming the pattern and its near matches.
         """
-        paths = [path for path, _ in root.named_modules() if path]
+        modules = {
+            path: module
+            for path, module in root.named_modules()
+            if path and path.partition(".")[0] != STATE_NAME
+        }
+        paths = list(modules)
         keys = [site.key for site in sites]
-        kinds = {type(module).__name__ for module in root.modules()} | set(supported_kinds())
+        kinds = {type(module).__name__ for module in modules.values()} | set(supported_kinds())
         for pattern in (*(self.modules or ()), *self.overrides):
             if pattern.startswith(TYPE_PREFIX):
                 _require_known(pattern[len(TYPE_PREFIX) :], kinds, "type", pattern)

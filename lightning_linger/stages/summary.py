@@ -144,6 +144,8 @@ def _bits(site: Site) -> str:
 def _scale(site: Site) -> str:
     if site.output is None or not site.output.known:
         return ""
-    step = float(site.output.grid.step(site.output.estimator.absmax()))
+    step = site.output.latest_step
+    if step is None:
+        step = float(site.output.grid.step(site.output.estimator.absmax()))
     exponent = math.log2(step)
     return f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"

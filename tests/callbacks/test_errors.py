@@ -57,6 +57,12 @@ class NoLayers(Classifier):
         return self(batch[0]).sum()
 
 
+class Subtracting(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc((self.conv(x) - x).mean((2, 3)))
+
+
 class Manual(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +121,10 @@ RUNS: dict[str, tuple[Callable[[Path], None], str]] = {
     "free scale on a shifting platform": (
         lambda folder: fit(folder, [QuantizeCallback(scale="free")]),
         r"stem/conv2d/0.*venusa.*power_of_two",
+    ),
+    "op the engine lacks": (
+        lambda folder: fit(folder, [QuantizeCallback(strict_platform=True)], model=Subtracting()),
+        r"/sub/0.*test_errors.py:\d+.*venusa.*cannot run sub.*strict_platform=False",
     ),
     "manual optimization": (
         lambda folder: fit(folder, [QuantizeCallback()], model=Manual()),

@@ -214,7 +214,7 @@ def test_a_limited_output_of_any_width_is_exact(
     train(model, (x,), 2, 0.0)
     model.eval()
     assert_integer_exact(model, x)
-    # A quantizer's limit cuts its range. Where the accumulator's step is coarser than 16 bits of that
-    # range, as here, the codes reach beyond it.
+    # A quantizer's limit cuts its range. Where the accumulator's step is coarser than 16 bits of
+    # that range, as here, the codes reach beyond it.
     if output == 0.5 and output_bits != 16:
         assert model(x).abs().max() <= 0.5
