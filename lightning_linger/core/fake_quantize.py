@@ -14,15 +14,18 @@ Bound = int | Tensor
 OUTPUT_MASK_CODES = 128
 
 
-def quantize_codes(x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str) -> Tensor:
-    """Return ``clamp(round(x / step), low, high)`` as a new float tensor of whole numbers.
+def quantize_codes(
+    x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str, overwrite: bool = False
+) -> Tensor:
+    """Return ``clamp(round(x / step), low, high)`` as a float tensor of whole numbers.
 
     With a power-of-two step the division is exact, so the float result is the integer result
     whenever ``|x / step| < 2^23`` in float32.
     """
     if rounding == "half_up" and _is_power_of_two(step):
         half = x.new_full((), 0.5)
-        codes = torch.add(half, x, alpha=1.0 / float(step)).floor_()
+        out = x if overwrite else None
+        codes = torch.add(half, x, alpha=1.0 / float(step), out=out).floor_()
     else:
         codes = ROUNDINGS[rounding](x / step)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
@@ -46,8 +49,11 @@ class _FakeQuantize(torch.autograd.Function):
         high: Bound,
         rounding: str,
         from_output: bool,
+        overwrite: bool,
     ) -> Tensor:
-        y = quantize_codes(x, step, low, high, rounding).mul_(step)
+        y = quantize_codes(x, step, low, high, rounding, overwrite).mul_(step)
+        if y is x:
+            ctx.mark_dirty(x)
         slack = 0.0 if from_output else 0.5
         edges = ((low - slack) * step, (high + slack) * step)
         value = y if from_output else x
@@ -68,11 +74,16 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             (value,) = ctx.saved_tensors
             masked = torch.ops.aten.hardtanh_backward(grad, value, *ctx.edges)
-        return masked, None, None, None, None, None
+        return masked, None, None, None, None, None, None
 
 
 def fake_quantize(
-    x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str = "half_up"
+    x: Tensor,
+    step: Scalar,
+    low: Bound,
+    high: Bound,
+    rounding: str = "half_up",
+    overwrite: bool = False,
 ) -> Tensor:
     """Return ``step * clamp(round(x / step), low, high)``.
 
@@ -88,18 +99,42 @@ def fake_quantize(
         low: Smallest code, e.g. -128, or 0 where a ReLU follows.
         high: Largest code, e.g. 127. A bound that depends on a tensor step (ReLU6) is a tensor too.
         rounding: A name from :mod:`lightning_linger.core.rounding`.
+        overwrite: Whether the memory of ``x`` may be used, because nothing else reads it.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         wide = isinstance(low, Tensor) or isinstance(high, Tensor)
         from_output = wide or high - low >= OUTPUT_MASK_CODES - 1
         out: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-            x, step, low, high, rounding, from_output
+            x, step, low, high, rounding, from_output, overwrite and from_output
         )
         return out
-    return quantize_codes(x, step, low, high, rounding).mul_(step)
+    return quantize_codes(x, step, low, high, rounding, overwrite).mul_(step)
+
+
+class _RoundToCoarser(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: float, rounding: str) -> Tensor:
+        if rounding == "half_up":
+            codes = torch.add(x.new_full((), 0.5), x, alpha=1.0 / step).floor_()
+        else:
+            codes = ROUNDINGS[rounding](x / step)
+        return codes.mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None
+
+
+def round_to_coarser(x: Tensor, step: float, rounding: str) -> Tensor:
+    """Round grid values to a power-of-two step coarser than theirs, into new memory.
+
+    Half the codes or fewer remain, so nothing saturates and the gradient is the identity.
+    """
+    out: Tensor = _RoundToCoarser.apply(x, step, rounding)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _StraightThrough(torch.autograd.Function):

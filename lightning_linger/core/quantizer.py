@@ -99,13 +99,13 @@ class Quantizer(nn.Module):
             self._frozen_step = value
         return value
 
-    def code_bounds(self, step: Scalar, clamp: bool = True) -> tuple[Bound, Bound]:
-        """Return the smallest and largest code at this step, the window included if ``clamp``."""
+    def code_bounds(self, step: Scalar) -> tuple[Bound, Bound]:
+        """Return the smallest and largest code at this step that the window lets through."""
         low: Bound = self.grid.qmin
         high: Bound = self.grid.qmax
-        if clamp and self.window.low > -math.inf:
+        if self.window.low > -math.inf:
             low = _edge_code(self.window.low, step, self.grid)
-        if clamp and self.window.high < math.inf:
+        if self.window.high < math.inf:
             high = _edge_code(self.window.high, step, self.grid)
         return low, high
 
@@ -132,13 +132,25 @@ class Quantizer(nn.Module):
             self.observe(values, cap)
         return self.round(values, self.step(minimum), x.dtype)
 
-    def round(self, values: Tensor, step: Scalar, dtype: torch.dtype, clamp: bool = True) -> Tensor:
-        """Round to the grid with a given step and tag the result, whose dtype becomes ``dtype``."""
+    def round(
+        self, values: Tensor, step: Scalar, dtype: torch.dtype, overwrite: bool = False
+    ) -> Tensor:
+        """Round to the grid with a given step and tag the result.
+
+        Args:
+            values: Real values.
+            step: The step.
+            dtype: Of the result.
+            overwrite: Whether the memory of ``values`` may be used.
+        """
         usable = readable(step, values)
         if isinstance(usable, float):
             self.latest_step = usable
-        low, high = self.code_bounds(usable, clamp)
-        rounded = fake_quantize(values, usable, low, high, self.grid.rounding).to(dtype)
+        low, high = self.code_bounds(usable)
+        # A view cannot be overwritten under autograd without a copy of its base.
+        overwrite = overwrite and isinstance(usable, float) and not values._is_view()
+        rounded = fake_quantize(values, usable, low, high, self.grid.rounding, overwrite)
+        rounded = rounded.to(dtype)
         return with_tag(rounded, self.tag(step, dtype))
 
     def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:

@@ -20,9 +20,10 @@ class Call(Protocol):
 class Op:
     """The meaning of one torch function in the three number systems.
 
-    ``run_float``, ``run_fake`` and ``run_integer`` take the site and the bound call. They only read what was
-    prepared, because a graph capture runs them too. Each may return ``NotImplemented`` for a call
-    it has no meaning for; the torch function then runs on plain values.
+    ``run_float``, ``run_fake`` and ``run_integer`` take the site and the bound call. They only
+    read what was prepared, because a graph capture runs them too. Each may return
+    ``NotImplemented`` for a call it has no meaning for; the torch function then runs on plain
+    values.
 
     Attributes:
         kind: What users write in ``types=`` and what reports show, e.g. ``conv2d``.

@@ -101,11 +101,11 @@ def _quantized(x: Tensor, step: float, bits: int, platform: str) -> Tensor:
 
 
 def _is_exact(weight: Tensor, bias: Tensor | None, bits_x: int, ratio: float) -> bool:
-    """Whether no accumulator, with half of the result's last place, can reach 2^24."""
+    """Whether no accumulator, with what is added to store its code, can reach 2^24."""
     bound = float(weight.double().abs().flatten(1).sum(1).max()) * 2.0 ** (bits_x - 1)
     if bias is not None:
         bound += float(bias.double().abs().max())
-    return bound + 0.5 / min(ratio, 1.0) < EXACT_FLOAT32
+    return bound + 128.5 / min(ratio, 1.0) < EXACT_FLOAT32
 
 
 # --- entering, leaving and changing the grid --------------------------------------------------

@@ -116,8 +116,9 @@ def integer_conv(
     shift = exact_shift(scale_x, scale_w, scale_o, rounding) if exact_in_float32 else None
     if shift is not None:
         channels = weight.shape[1] * groups if transposed else weight.shape[0]
-        codes = convolve(x.float(), *in_codes(weight, bias, shift, channels), *geometry)
-        return codes.floor_().clamp_(low, high).to(payload_dtype(bits_o))
+        offset = storage_offset(bits_o, low)
+        parameters = in_codes(weight, bias, shift, channels, offset)
+        return stored(convolve(x.float(), *parameters, *geometry), low, high, bits_o, offset)
     dtype = torch.float32 if exact_in_float32 else torch.float64
     bias = None if bias is None else bias.to(dtype)
     acc = convolve(x.to(dtype), weight.to(dtype), bias, *geometry)
@@ -139,15 +140,30 @@ def exact_shift(
     return ratio if is_power_of_two(ratio) else None
 
 
-def in_codes(
-    weight: Tensor, bias: Tensor | None, shift: float, channels: int
-) -> tuple[Tensor, Tensor]:
-    """Return weight and bias with which a layer gives output codes plus one half, in float32.
+def storage_offset(bits: int, low: int) -> int:
+    """Return what makes every 8-bit code non-negative, where truncating is rounding down."""
+    return 128 if bits == 8 and low < 0 else 0
 
-    A power of two changes no mantissa, so this is as exact as shifting the accumulator, and saves
-    two passes over it.
+
+def stored(codes: Tensor, low: int, high: int, bits: int, offset: int) -> Tensor:
+    """Bring the output of a layer in codes, one half and an offset added, to its payload."""
+    if offset:
+        shifted = codes.clamp_(low + offset, high + offset).to(torch.uint8)
+        return shifted.bitwise_xor_(offset).view(torch.int8)
+    if low >= 0:
+        return codes.clamp_(low, high).to(payload_dtype(bits))
+    return codes.floor_().clamp_(low, high).to(payload_dtype(bits))
+
+
+def in_codes(
+    weight: Tensor, bias: Tensor | None, shift: float, channels: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias with which a layer gives codes plus one half plus an offset.
+
+    A power of two changes no mantissa, so this is as exact in float32 as shifting the accumulator,
+    and saves two passes over it.
     """
-    half = weight.new_full((channels,), 0.5, dtype=torch.float32)
+    half = weight.new_full((channels,), 0.5 + offset, dtype=torch.float32)
     return weight.float() * shift, half if bias is None else bias.float() * shift + half
 
 

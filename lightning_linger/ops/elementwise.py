@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import capturing
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import (
+    Scalar,
+    fake_quantize,
+    round_to_coarser,
+    straight_through,
+)
 from lightning_linger.core.integer import (
     code_limits,
     divide_by_scale,
@@ -80,9 +85,8 @@ def integer_add(
             saturation (LUNA); otherwise round the sum once, in float32 (onnxruntime).
     """
     if round_operands:
-        limits = code_limits(bits_o)
-        a = rescale(x.double(), scale_x / scale_o, *limits, rounding)
-        b = rescale(y.double(), scale_y / scale_o, *limits, rounding)
+        a = _brought_to(x, scale_x, scale_o, bits_o, rounding)
+        b = _brought_to(y, scale_y, scale_o, bits_o, rounding)
         total = a + b if sign > 0 else a - b
         codes = total.clamp_(low, high)
     else:
@@ -92,6 +96,14 @@ def integer_add(
         )
         codes = codes.clamp_(low, high)
     return codes.to(payload_dtype(bits_o))
+
+
+def _brought_to(x: Tensor, scale_x: float, scale_o: float, bits: int, rounding: str) -> Tensor:
+    """Return codes at another scale as floats, saturated, without work where none is needed."""
+    if scale_x == scale_o and x.dtype == payload_dtype(bits):
+        return x.float()
+    wide = x.float() if bits <= 16 and scale_x <= scale_o else x.double()
+    return rescale(wide, scale_x / scale_o, *code_limits(bits), rounding)
 
 
 def round_sum(
@@ -324,15 +336,23 @@ class AddOp(_Binary):
             return NotImplemented
         x, y = pair
         with torch.autocast(_device_type(x, y), enabled=False):
-            if site.learning:
+            # A sum is observed behind the rounding of its operands, which saves a pass over it;
+            # only the first one has to be seen before there is a step to round with.
+            first = site.learning and not output.known
+            if first:
                 output.observe(_total(x, y, self.sign))
             step = output.step(self._finest(site, x, y))
             dtype = x.dtype if isinstance(x, Tensor) else y.dtype
             if site.platform is not None and site.platform.add == "round_operands":
                 usable = readable(step, x if isinstance(x, Tensor) else y)
-                a = _rounded_operand(x, usable, output)
-                b = _rounded_operand(y, usable, output)
-                return _saturated(_total(a, b, self.sign), usable, step, output, dtype)
+                a, own = _rounded_operand(x, usable, output)
+                b, _ = _rounded_operand(y, usable, output)
+                total = _total(a, b, self.sign, overwrite=own)
+                if site.learning and not first:
+                    output.observe(total)
+                return _saturated(total, usable, step, output, dtype)
+            if site.learning and not first:
+                output.observe(_total(x, y, self.sign))
             return self._rounded_once(site, output, x, y, step, dtype)
 
     def run_integer(self, site: Site, call: BinaryCall) -> Any:
@@ -553,19 +573,25 @@ def _constant_code(value: float, step: float, output: Quantizer) -> int:
     return max(output.grid.qmin, min(output.grid.qmax, int(code)))
 
 
-def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> Any:
-    """Round an operand to the output scale with saturation; a no-op if it is there already."""
+def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> tuple[Any, bool]:
+    """Round an operand to the output scale with saturation; a no-op if it is there already.
+
+    Returns:
+        The operand, and whether its memory may be used because nothing else reads it.
+    """
     grid = output.grid
     if not isinstance(value, Tensor):
         if isinstance(step, float):
-            return _constant_code(value, step, output) * step
+            return _constant_code(value, step, output) * step, False
         codes = ROUNDINGS[grid.rounding](value / step).clamp(grid.qmin, grid.qmax)
-        return codes * step
+        return codes * step, False
     tag = tag_of(value)
     assert tag is not None
     if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step, value) == step:
-        return value
-    return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding)
+        return value, False
+    if isinstance(step, float) and tag.bits == grid.bits and step > readable(tag.step, value):
+        return round_to_coarser(value, step, grid.rounding), True
+    return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding), False
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -573,7 +599,9 @@ def _whole(x: Tensor) -> Tensor:
     return torch.round(x.float() / step_of(x)) if x.dtype.is_floating_point else x.float()
 
 
-def _total(x: Any, y: Any, sign: int) -> Tensor:
+def _total(x: Any, y: Any, sign: int, overwrite: bool = False) -> Tensor:
+    if overwrite and isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
+        return x.add_(y, alpha=sign)
     return x + y if sign > 0 else x - y  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from lightning_linger.core.integer import integer_op, payload_dtype
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.ops.conv import exact_shift, finish_accumulator, in_codes
+from lightning_linger.ops.conv import (
+    exact_shift,
+    finish_accumulator,
+    in_codes,
+    storage_offset,
+    stored,
+)
 from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
 
 
@@ -47,8 +53,9 @@ def integer_linear(
     """
     shift = exact_shift(scale_x, scale_w, scale_o, rounding) if exact_in_float32 else None
     if shift is not None:
-        codes = F.linear(x.float(), *in_codes(weight, bias, shift, weight.shape[0]))
-        return codes.floor_().clamp_(low, high).to(payload_dtype(bits_o))
+        offset = storage_offset(bits_o, low)
+        parameters = in_codes(weight, bias, shift, weight.shape[0], offset)
+        return stored(F.linear(x.float(), *parameters), low, high, bits_o, offset)
     dtype = torch.float32 if exact_in_float32 else torch.float64
     acc = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return finish_accumulator(acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, 0)

@@ -364,7 +364,11 @@ class WeightedOp(Op):
             return False
         half = 0.0
         if site.output is not None:
-            half = 0.5 * self._output_step(site, step_x, step_w) / (step_x * float(step_w.min()))
+            # Codes are shifted to start at zero, and a half is added.
+            offset = (2.0 ** (site.output.grid.bits - 1) + 0.5) * self._output_step(
+                site, step_x, step_w
+            )
+            half = offset / (step_x * float(step_w.min()))
         return bound + half < EXACT_FLOAT32
 
     def _output_step(self, site: Site, step_x: float, step_w: Tensor) -> float:
@@ -500,7 +504,7 @@ def finish(
     if site.learning:
         site.output.observe(y, cap)
     step = site.output.step(minimum_step(site, product))
-    return site.output.round(y, step, dtype)
+    return site.output.round(y, step, dtype, overwrite=not capturing())
 
 
 def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:
