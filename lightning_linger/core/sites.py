@@ -150,9 +150,12 @@ class Site(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether every quantizer knows its range, or is about to learn it in this forward."""
-        if self.learning:
+        if self.learning or "ready" in self.prepared:
             return True
-        return all(quantizer.known for quantizer in self.quantizers())
+        ready = all(quantizer.known for quantizer in self.quantizers())
+        if ready:
+            self.prepared["ready"] = True
+        return ready
 
     def system(self) -> str | None:
         """Return the number system the site runs in now, None for the plain torch function."""

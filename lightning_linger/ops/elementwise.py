@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_linger.core.capture import capturing
+from lightning_linger.core.capture import capturing, without_autocast
 from lightning_linger.core.fake_quantize import (
     Scalar,
     fake_quantize,
@@ -335,7 +335,7 @@ class AddOp(_Binary):
         if pair is None or output is None:
             return NotImplemented
         x, y = pair
-        with torch.autocast(_device_type(x, y), enabled=False):
+        with without_autocast(_device_type(x, y)):
             # A sum is observed behind the rounding of its operands, which saves a pass over it;
             # only the first one has to be seen before there is a step to round with.
             first = site.learning and not output.known
@@ -430,7 +430,7 @@ class MulOp(_Binary):
         if pair is None or output is None:
             return NotImplemented
         x, y = (_as_factor(v, output) for v in pair)
-        with torch.autocast(_device_type(x, y), enabled=False):
+        with without_autocast(_device_type(x, y)):
             dtype = x.dtype if isinstance(x, Tensor) else y.dtype
             product = _step_or(x) * _step_or(y)
             if not site.training and site.widest_operand > 8:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_linger.core.capture import capturing
+from lightning_linger.core.capture import capturing, without_autocast
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
     float32_code_limits,
@@ -171,7 +171,7 @@ class BatchNormOp(Op):
         folded = folded_of(call.input)
         if folded is not None:
             return self._complete(call, folded)
-        with torch.autocast(call.input.device.type, enabled=False):
+        with without_autocast(call.input.device.type):
             x = site.operand(0, call.input)
             tag = tag_of(x)
             if x is None or tag is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_linger.core.capture import can_read, capturing
+from lightning_linger.core.capture import can_read, capturing, without_autocast
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import (
@@ -26,6 +26,7 @@ from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
+    COMPLETE,
     TINY_FACTOR,
     Folded,
     batch_statistics,
@@ -71,6 +72,7 @@ class Prepared:
         bits_x: Width of the input.
         exact_in_float32: Whether every accumulator, bias and rounding half included, stays below
             2^24 for any input codes, so that float32 arithmetic is exact.
+        result: What the output is rounded to, if ``in_codes``.
         validity: What it was derived from.
         source: The weight it was derived from, if that has no identity of its own.
     """
@@ -84,6 +86,7 @@ class Prepared:
     scale_x: float
     bits_x: int
     exact_in_float32: bool
+    result: IntegerResult | None
     validity: tuple[Any, ...]
     source: Tensor | None
 
@@ -117,12 +120,12 @@ class WeightedOp(Op):
         """Run folded and limited, not quantized."""
         if site.active_fold is None:
             return self._run(site, call, call.input, None, call.input.dtype)
-        with torch.autocast(call.input.device.type, enabled=False):
+        with without_autocast(call.input.device.type):
             return self._run(site, call, full(call.input), None, call.input.dtype)
 
     def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
-        with torch.autocast(call.input.device.type, enabled=False):
+        with without_autocast(call.input.device.type):
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
@@ -139,11 +142,11 @@ class WeightedOp(Op):
             return NotImplemented
         tag = tag_of(x)
         assert tag is not None
-        prepared = self._prepare(site, call, float(tag.step), tag.bits)
+        prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
         y = with_tag(y, result.tag) if result.tag is not None else site.limit_output(y)
-        return mark_folded(y, Folded()) if site.active_fold is not None else y
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     # --- training ---------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class WeightedOp(Op):
         if bn is None or not (uses_batch_statistics(bn) and site.switches.fuse_mode != "frozen"):
             parameters = self._parameters(site, call, step_x)
             y = self._finish(site, call, x, parameters, step_x, dtype)
-            return mark_folded(y, Folded()) if bn is not None else y
+            return mark_folded(y, COMPLETE) if bn is not None else y
         if site.switches.fuse_mode == "batch":
             return self._run_batch_folded(site, call, x, step_x, dtype)
         return self._run_scaled(site, call, x, step_x, dtype)
@@ -291,8 +294,8 @@ class WeightedOp(Op):
         if capturing() and "weights" not in site.prepared:
             parameters = self._parameters(site, call, tag.step)
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
-            return mark_folded(y, Folded()) if site.active_fold is not None else y
-        prepared = self._prepare(site, call, tag.step, tag.bits)
+            return mark_folded(y, COMPLETE) if site.active_fold is not None else y
+        prepared = self._prepare(site, call, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():
             differentiable = self._parameters(site, call, tag.step)
@@ -306,25 +309,24 @@ class WeightedOp(Op):
                 call, x.double(), weight.double(), None if bias is None else bias.double()
             )
         y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
-        return mark_folded(y, Folded()) if site.active_fold is not None else y
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     def _evaluate_codes(
         self, site: Site, call: Any, x: Tensor, prepared: Prepared, tag: Tag
     ) -> Tensor:
-        output = site.output
-        assert output is not None  # `in_codes` says so
-        step = output.latest_step = float(output.step())
-        low, high = output.code_bounds(step)
+        result = prepared.result
+        assert result is not None  # `in_codes` says so
+        assert result.tag is not None  # codes have a step
         y = self.apply(call, x, prepared.weight, prepared.bias)
-        y = y.floor_().clamp_(int(low), int(high)).mul_(step).to(tag.dtype)
-        y = with_tag(y, output.tag(step, tag.dtype))
-        return mark_folded(y, Folded()) if site.active_fold is not None else y
+        y = y.floor_().clamp_(result.low, result.high).mul_(result.scale).to(tag.dtype)
+        y = with_tag(y, result.tag)
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
-    def _prepare(self, site: Site, call: Any, step_x: Scalar, bits_x: int) -> Prepared:
+    def _prepare(self, site: Site, call: Any, tag: Tag) -> Prepared:
         found: Prepared | None = site.prepared.get("weights")
         if found is not None and (capturing() or _is_valid(found, site, call)):
             return found
-        step_x = float(step_x)
+        step_x, bits_x = float(tag.step), tag.bits
         with torch.no_grad():
             parameters = self._parameters(site, call, step_x)
             step_w = torch.as_tensor(parameters.step)
@@ -338,10 +340,11 @@ class WeightedOp(Op):
             if bias_codes is not None:
                 bound = bound + bias_codes.abs()
             exact = self._fits_float32(site, bound.max().item(), step_x, step_w)
-            weight, bias, in_codes = parameters.weight, parameters.bias, False
+            weight, bias, in_codes, result = parameters.weight, parameters.bias, False, None
             if exact and self._gives_codes(site):
                 step_o = self._output_step(site, step_x, step_w)
                 weight, in_codes = weight / step_o, True
+                result = integer_result(site, step_x * float(step_w.max()), tag)
                 bias = weight.new_full((channels,), 0.5) if bias is None else bias / step_o + 0.5
             found = Prepared(
                 weight=weight,
@@ -353,6 +356,7 @@ class WeightedOp(Op):
                 scale_x=step_x,
                 bits_x=bits_x,
                 exact_in_float32=exact,
+                result=result,
                 validity=_validity(site, call),
                 source=call.weight.clone() if site.weight_is_computed else None,
             )
@@ -426,7 +430,7 @@ def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
             limits = _limited_codes(site, product, *code_limits(32))
             return IntegerResult(product, 32, *limits, Tag(product, 32, site.key, tag.dtype))
         return IntegerResult(0.0, 0, 0, 0, None)
-    step = float(output.step(minimum_step(site, product)))
+    step = output.latest_step = float(output.step(minimum_step(site, product)))
     low, high = (int(bound) for bound in output.code_bounds(step))
     if not _only_caps(site):
         low, high = _limited_codes(site, step, low, high)
