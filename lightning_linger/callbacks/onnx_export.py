@@ -70,7 +70,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             return
         folder = Path(self.path.format(epoch=0)).resolve().parent
         existing = next(p for p in (folder, *folder.parents) if p.exists())
-        if not _writable(existing):
+        if not existing.is_dir() or not _writable(existing):
             msg = f"ONNXExportCallback cannot write to {folder}. HINT: choose another `path`."
             raise misconfiguration(msg)
         last = trainer.max_epochs

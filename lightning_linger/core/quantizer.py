@@ -83,6 +83,7 @@ class Quantizer(nn.Module):
             A float where values can be read, a 0-dim tensor on a GPU or in a graph capture; once
             frozen, in evaluation, always a float.
         """
+        self._thaw_in_training()
         if self._frozen_step is not None:
             return self._frozen_step
         if not can_read(self.estimator.range):
@@ -159,6 +160,7 @@ class Quantizer(nn.Module):
 
     def reach(self) -> Scalar:
         """Return the absolute maximum of the range."""
+        self._thaw_in_training()
         if self._frozen_reach is not None:
             return self._frozen_reach
         if not can_read(self.estimator.range):
@@ -168,6 +170,11 @@ class Quantizer(nn.Module):
         if not self.training:
             self._frozen_reach = reach
         return reach
+
+    def _thaw_in_training(self) -> None:
+        # Lightning goes back to training by setting `training`, without calling `train()`.
+        if self.training and self._frozen_step is not None:
+            self.thaw()
 
     def thaw(self) -> None:
         """Forget the frozen step."""

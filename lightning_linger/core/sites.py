@@ -160,6 +160,8 @@ class Site(nn.Module):
     def system(self) -> str | None:
         """Return the number system the site runs in now, None for the plain torch function."""
         switches = self.switches
+        if self.training and self.prepared:
+            self.prepared.clear()
         if (
             switches.quantize
             and self.config is not None

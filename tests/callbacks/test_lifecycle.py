@@ -274,3 +274,29 @@ def test_the_unified_namespace_works_too(tmp_path: Path) -> None:
     assert instrumentation_of(model).switches.quantize
     assert isinstance(QuantizeCallback(), lightning.Callback)
     assert isinstance(QuantizeCallback(), pl.Callback)
+
+
+def test_evaluation_between_steps_changes_no_bit_of_training() -> None:
+    """Lightning returns to training by setting `training`; nothing frozen may survive that."""
+    x, y = next(iter(loader(1, 24, shuffle=False)))
+    losses: dict[bool, list[Tensor]] = {}
+    for evaluates in (False, True):
+        pl.seed_everything(3, verbose=False)
+        model = Classifier(dropout=0.0)
+        linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        losses[evaluates] = []
+        for _ in range(6):
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[evaluates].append(loss.detach())
+            if evaluates:
+                for on in (False, True):
+                    for module in model.modules():
+                        module.training = on
+                    if not on:
+                        with torch.no_grad():
+                            model(x)
+    assert torch.equal(torch.stack(losses[False]), torch.stack(losses[True]))
