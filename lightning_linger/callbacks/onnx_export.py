@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.callbacks._compat import Callback, misconfiguration
+from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
@@ -79,6 +80,24 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             msg = (
                 f"ONNXExportCallback(at_epoch={late}) never runs with max_epochs={last}. HINT: "
                 f"epochs count from 0, the last one is {last - 1}."
+            )
+            raise misconfiguration(msg)
+
+        self._refuse_export_before_quantize(trainer)
+
+    def _refuse_export_before_quantize(self, trainer: Any) -> None:
+        """Refuse a run that quantizes the model and exports it only before that."""
+        starts = [
+            callback.schedule.at_epoch
+            for callback in trainer.callbacks
+            if isinstance(callback, QuantizeCallback) and callback.schedule.at_epoch is not None
+        ]
+        if self.epochs and starts and max(self.epochs) < starts[0]:
+            msg = (
+                f"ONNXExportCallback(at_epoch={self.epochs}) exports before "
+                f"QuantizeCallback(at_epoch={starts[0]}) starts: no file would hold the quantized "
+                f"model. HINT: add an epoch from {starts[0]} on, or leave `at_epoch` away, which "
+                "exports at the end of fit."
             )
             raise misconfiguration(msg)
 

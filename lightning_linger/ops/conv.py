@@ -16,6 +16,7 @@ from lightning_linger.core.integer import (
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
@@ -123,7 +124,7 @@ def integer_conv(
     bias = None if bias is None else bias.to(dtype)
     acc = convolve(x.to(dtype), weight.to(dtype), bias, *geometry)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, len(stride)
+        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, len(stride)
     )
 
 
@@ -176,15 +177,17 @@ def finish_accumulator(
     low: int,
     high: int,
     rounding: str,
+    platform: str,
     trailing: int,
 ) -> Tensor:
     """Bring an accumulator to the output scale, channels standing before ``trailing`` dims."""
     if scale_o == 0.0:
         return acc.float() * _ratio(scale_x, scale_w, 1.0, trailing, acc)
     ratio = _ratio(scale_x, scale_w, scale_o, trailing, acc)
-    if rounding == "half_even" and bits_o <= 16:
-        # The engine that rounds to even brings its accumulator to float32 before it multiplies
-        # (onnxruntime); those that shift keep every bit. It shows beyond 2^24 only.
+    arithmetic = arithmetic_of(platform)
+    if arithmetic is not None and arithmetic.rescale == "multiply" and bits_o <= 16:
+        # An engine that multiplies brings its accumulator to float32 first (onnxruntime); those
+        # that shift keep every bit. It shows beyond 2^24 only.
         acc = acc.float()
     return rescale(acc, ratio, low, high, rounding).to(payload_dtype(bits_o))
 

@@ -58,7 +58,9 @@ def integer_linear(
         return stored(F.linear(x.float(), *parameters), low, high, bits_o, offset)
     dtype = torch.float32 if exact_in_float32 else torch.float64
     acc = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return finish_accumulator(acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, 0)
+    return finish_accumulator(
+        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, 0
+    )
 
 
 @integer_linear.register_fake

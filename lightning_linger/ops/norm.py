@@ -78,7 +78,7 @@ def integer_scale_shift(
     shape = (1, -1, *([1] * (x.dim() - 2)))
     acc = x.to(dtype) * weight.to(dtype).view(shape) + bias.to(dtype).view(shape)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, x.dim() - 2
+        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, x.dim() - 2
     )
 
 

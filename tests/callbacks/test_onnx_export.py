@@ -40,11 +40,12 @@ def test_exports_during_training_do_not_change_it(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_quantization_exports_its_float_mathematics(tmp_path: Path) -> None:
-    export = ONNXExportCallback(tmp_path / "float.onnx", at_epoch=0)
+    export = ONNXExportCallback(tmp_path / "{epoch}.onnx", at_epoch=[0, 1])
     fitted(tmp_path, [FuseBNCallback(), QuantizeCallback(at_epoch=1), export], epochs=2)
     ops = {node.op_type for node in onnx.load(export.exported[0]).graph.node}
     assert "Conv" in ops
     assert "QConv2d" not in ops
+    assert "QConv2d" in {node.op_type for node in onnx.load(export.exported[1]).graph.node}
 
 
 def test_a_differing_file_is_reported(tmp_path: Path) -> None:
@@ -90,6 +91,12 @@ def under_a_file(folder: Path) -> None:
     trainer(folder, [QuantizeCallback(), export], epochs=1).fit(Classifier(), loader())
 
 
+def before_quantize(folder: Path) -> None:
+    export = ONNXExportCallback(folder / "model.onnx", at_epoch=1)
+    stages = [QuantizeCallback(at_epoch=2), export]
+    trainer(folder, stages, epochs=4).fit(Classifier(), loader())
+
+
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown dialect": (lambda _: ONNXExportCallback("m.onnx", "qnn"), r"'qnn'.*'linger'.*'qdq'"),
     "negative epoch": (lambda _: ONNXExportCallback("m.onnx", at_epoch=-1), r"at_epoch.*-1"),
@@ -98,6 +105,10 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"\{epoch\}.*m\.onnx",
     ),
     "an epoch that never comes": (late, r"at_epoch=\[5\].*max_epochs=2.*last one is 1"),
+    "export before quantize": (
+        before_quantize,
+        r"at_epoch=\[1\].*before QuantizeCallback\(at_epoch=2\).*HINT",
+    ),
     "a folder that cannot be": (under_a_file, r"cannot write.*HINT"),
 }
 
