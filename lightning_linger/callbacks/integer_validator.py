@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_linger.callbacks.logging import DASHBOARD, log_values, show_layout
+from lightning_linger.callbacks.logging import log_values
 from lightning_linger.callbacks.replay import ReplayCallback
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
@@ -32,10 +32,6 @@ class IntegerValidatorCallback(ReplayCallback):
         self.rows = rows
         self.latest: list[DivergenceRow] = []
         self._meter: Divergence | None = None
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lay out the dashboard."""
-        show_layout(trainer, DASHBOARD)
 
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare the number systems."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_linger.callbacks.logging import DASHBOARD, log_values, show_layout
+from lightning_linger.callbacks.logging import log_values
 from lightning_linger.callbacks.replay import ReplayCallback
 from lightning_linger.simulate.divergence import Forward, measure_quant_error, measured_sites
 from lightning_linger.simulate.metrics import QuantError, QuantErrorRow
@@ -25,10 +25,6 @@ class QuantErrorCallback(ReplayCallback):
         super().__init__(batches, every_n_epochs)
         self.latest: list[QuantErrorRow] = []
         self._meter: QuantError | None = None
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lay out the dashboard."""
-        show_layout(trainer, DASHBOARD)
 
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare fake-quant with float."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_linger.callbacks._compat import Callback
+from lightning_linger.callbacks.logging import DASHBOARD, show_layout
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 
@@ -33,6 +34,10 @@ class ReplayCallback(Callback):  # type: ignore[misc]
     def replay(self, trainer: Any, module: Any, forward: Callable[[], None]) -> None:
         """Use the repeated forward."""
         raise NotImplementedError
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lay out the dashboard."""
+        show_layout(trainer, DASHBOARD)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -115,13 +115,3 @@ class Graph:
     def is_aliased(self, key: str) -> bool:
         """Whether ``key`` works in place on a value that is read later through its old name."""
         return any(key in run.aliased for run in self.runs)
-
-    def is_output(self, key: str) -> bool:
-        """Whether the result of ``key`` is returned by the model in some run."""
-        return any(
-            out.value in run.returned
-            for run in self.runs
-            for node in run.nodes
-            if node.key == key
-            for out in node.outputs
-        )

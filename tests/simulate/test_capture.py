@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
+from lightning_linger.core.instrumentation import instrumentation_of
 from tests.models import Lambda, ResNet, images, trained
 
 
@@ -199,3 +200,27 @@ def test_a_model_that_was_never_evaluated_can_be_captured() -> None:
     torch._dynamo.reset()
     fresh = copy.deepcopy(model)
     _same(torch.compile(fresh, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_every_site_appears_once_in_the_exported_integer_graph() -> None:
+    x = images()
+    model = trained(ResNet(), x, fold="running").eval()
+    with torch.no_grad(), linger.integer(model):
+        model(x)
+        graph = torch.export.export(model, (x,), strict=False).graph
+    found = Counter(
+        str(node.target).split(".")[1] for node in graph.nodes if "linger." in str(node.target)
+    )
+    kernels = {
+        "conv2d": "conv",
+        "linear": "linear",
+        "add": "add",
+        "adaptive_avg_pool2d": "avg_pool",
+    }
+    expected = Counter(
+        kernels[site.op.kind]
+        for site in instrumentation_of(model).sites
+        if site.quantized and site.op.kind in kernels
+    )
+    assert expected["conv"] > 3
+    assert {kind: found[kind] for kind in expected} == dict(expected)
