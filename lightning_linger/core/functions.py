@@ -6,7 +6,7 @@ function *object* to its op, because names do not survive tracing and a single o
 silently lose call sites.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,59 +33,6 @@ class Canonical:
     query: bool = False
 
 
-# canonical op -> the function names under which it is found in the namespaces below
-_SPELLINGS: dict[str, tuple[str, ...]] = {
-    "conv1d": ("conv1d",),
-    "conv2d": ("conv2d",),
-    "conv3d": ("conv3d",),
-    "conv_transpose1d": ("conv_transpose1d",),
-    "conv_transpose2d": ("conv_transpose2d",),
-    "conv_transpose3d": ("conv_transpose3d",),
-    "linear": ("linear",),
-    "batch_norm": ("batch_norm",),
-    "relu": ("relu",),
-    "relu6": ("relu6",),
-    "hardtanh": ("hardtanh",),
-    "clamp": ("clamp", "clip"),
-    "clamp_min": ("clamp_min",),
-    "clamp_max": ("clamp_max",),
-    "sigmoid": ("sigmoid",),
-    "add": ("add", "__add__"),
-    "sub": ("sub", "subtract", "__sub__"),
-    "mul": ("mul", "multiply", "__mul__"),
-    "cat": ("cat", "concat", "concatenate"),
-    "avg_pool1d": ("avg_pool1d",),
-    "avg_pool2d": ("avg_pool2d",),
-    "avg_pool3d": ("avg_pool3d",),
-    "adaptive_avg_pool1d": ("adaptive_avg_pool1d",),
-    "adaptive_avg_pool2d": ("adaptive_avg_pool2d",),
-    "adaptive_avg_pool3d": ("adaptive_avg_pool3d",),
-    "max_pool1d": ("max_pool1d",),
-    "max_pool2d": ("max_pool2d",),
-    "max_pool3d": ("max_pool3d",),
-    "mean": ("mean",),
-    "dropout": ("dropout", "dropout1d", "dropout2d", "dropout3d"),
-    "pad": ("pad", "constant_pad_nd"),
-    "flatten": ("flatten",),
-    "unflatten": ("unflatten",),
-    "reshape": ("reshape", "reshape_as"),
-    "view": ("view", "view_as"),
-    "permute": ("permute",),
-    "transpose": ("transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis"),
-    "squeeze": ("squeeze",),
-    "unsqueeze": ("unsqueeze",),
-    "slice": ("__getitem__", "select", "narrow", "index_select"),
-    "chunk": ("chunk", "tensor_split"),
-    "split": ("split", "split_with_sizes", "unbind"),
-    "contiguous": ("contiguous", "clone", "detach"),
-}
-# Spelled as an attribute rather than a call.
-_PROPERTIES: dict[str, tuple[str, ...]] = {"transpose": ("T", "mT", "H", "mH")}
-
-_INPLACE_DUNDERS = {"add": "__iadd__", "sub": "__isub__", "mul": "__imul__"}
-_REVERSED_DUNDERS = {"add": "__radd__", "sub": "__rsub__", "mul": "__rmul__"}
-
-
 def _namespaces() -> Iterator[Any]:
     yield torch
     yield F
@@ -102,28 +49,56 @@ def _find(name: str) -> Iterator[TorchFunction]:
             yield function
 
 
-def _build_table() -> dict[TorchFunction, Canonical]:
-    table: dict[TorchFunction, Canonical] = {}
-    for op, names in _SPELLINGS.items():
-        for name in names:
-            for function in _find(name):
-                table.setdefault(function, Canonical(op))
-            if not name.startswith("__"):
-                for function in _find(name + "_"):
-                    table.setdefault(function, Canonical(op, inplace=True))
-    for op, name in _INPLACE_DUNDERS.items():
-        for function in _find(name):
-            table[function] = Canonical(op, inplace=True)
-    for op, name in _REVERSED_DUNDERS.items():
-        for function in _find(name):
-            table[function] = Canonical(op, swapped=op == "sub")
-    # torch.rsub(x, y) is y - x
-    for function in _find("rsub"):
-        table[function] = Canonical("sub", swapped=True)
-    for op, names in _PROPERTIES.items():
-        for name in names:
-            table[getattr(torch.Tensor, name).__get__] = Canonical(op)
-    return table
+def name_functions(
+    op: str,
+    spellings: Sequence[str],
+    properties: Sequence[str] = (),
+    commutative: bool = False,
+    swapped: bool = False,
+) -> None:
+    """Let an op stand for every function that carries one of its names.
+
+    Args:
+        op: Canonical op name.
+        spellings: Names of functions. ``name_`` is found too, as the call that works in place, and
+            with ``__name__`` also ``__iname__`` and ``__rname__``.
+        properties: Names of tensor properties that mean the op, e.g. ``T``.
+        commutative: Whether the order of the operands does not matter.
+        swapped: Whether the functions take the operands in reverse.
+
+    Raises:
+        ValueError: If no function of any of the names exists, or another op has one.
+    """
+    found: dict[TorchFunction, Canonical] = {}
+    for name in spellings:
+        if name.startswith("__"):
+            found |= dict.fromkeys(_find(name), Canonical(op))
+            found |= dict.fromkeys(_find(f"__i{name[2:]}"), Canonical(op, inplace=True))
+            reverse = Canonical(op, swapped=not commutative)
+            found |= dict.fromkeys(_find(f"__r{name[2:]}"), reverse)
+        else:
+            found |= dict.fromkeys(_find(name), Canonical(op, swapped=swapped))
+            found |= dict.fromkeys(_find(f"{name}_"), Canonical(op, inplace=True))
+    for name in properties:
+        found[getattr(torch.Tensor, name).__get__] = Canonical(op)
+    if not found:
+        msg = f"torch has no function of the names {list(spellings)} for the op {op!r}."
+        raise ValueError(msg)
+    name_function_objects(op, found)
+
+
+def name_function_objects(op: str, found: Mapping[TorchFunction, Canonical]) -> None:
+    """Let an op stand for the given functions.
+
+    Raises:
+        ValueError: If another op has one of them.
+    """
+    for function in found:
+        taken = CANONICAL.get(function)
+        if taken is not None and taken.op not in ("", op):
+            msg = f"the function {function!r} belongs to the op {taken.op!r} already, not {op!r}."
+            raise ValueError(msg)
+    CANONICAL.update(found)
 
 
 def _mutating() -> Iterator[TorchFunction]:
@@ -160,5 +135,4 @@ def _queries() -> Iterator[TorchFunction]:
 CANONICAL: dict[TorchFunction, Canonical] = {
     **{function: Canonical("", inplace=True) for function in _mutating()},
     **{function: Canonical("", query=True) for function in _queries()},
-    **_build_table(),
 }

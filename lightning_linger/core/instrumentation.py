@@ -21,7 +21,7 @@ from lightning_linger.core.movement import move
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sites import Site, Switches, real_values
-from lightning_linger.core.tags import drop_tag, tag_of, takes_activations, with_tag
+from lightning_linger.core.tags import drop_tag, tag_of, with_tag
 
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
@@ -304,7 +304,7 @@ class Instrumentation(nn.Module):
         if canonical.query:
             return self._answer(func, args, kwargs)
         op = op_of(canonical.op)
-        if op is None or not takes_activations(args, kwargs):
+        if op is None or not op.takes(args, kwargs):
             return self._run_plain(func, args, kwargs, canonical.inplace)
         if not op.has_site:
             return move(func, args, kwargs)
@@ -329,7 +329,7 @@ class Instrumentation(nn.Module):
         result = run(site, call)
         if site.released and result is not NotImplemented:
             # A clone has no tag and nobody's gradient depends on its memory.
-            return real_values(result).clone()
+            return tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
         return result
 
     def _notify(

@@ -25,6 +25,9 @@ class Platform:
             saturation (LUNA); ``round_sum`` rounds once.
         zero_point: What the engine adds to an 8-bit code to store it. Integers do not notice, but
             onnxruntime adds it to some results in float32 before it rounds them, which costs bits.
+        curves: Which engine's own kernels compute the curves (sigmoid, softmax, square roots):
+            ``venus``, ``arcs`` or ``venusa`` (see :mod:`lightning_linger.ops.luna`); ``table``
+            means that tables over codes and exact integer steps take their place.
         unsupported: Ops its engine cannot run, and what to use instead.
         dialect: Export dialect the target reads.
         engine_name: How the dialect spells the target.
@@ -40,6 +43,7 @@ class Platform:
     dialect: str
     engine_name: str
     zero_point: int = 0
+    curves: str = "table"
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property

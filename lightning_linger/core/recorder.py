@@ -55,13 +55,16 @@ class Recorder:
         activation: Activation,
     ) -> Any:
         """Run one function and note it."""
-        if (canonical is not None and canonical.query) or not takes_activations(args, kwargs):
+        if canonical is not None and canonical.query:
             return func(*args, **kwargs)
         function = getattr(func, "__name__", str(func))
         name = canonical.op if canonical is not None and canonical.op else function
+        op = op_of(name)
+        takes = takes_activations if op is None else op.takes
+        if not takes(args, kwargs):
+            return func(*args, **kwargs)
         index = activation.count(name)
         key = activation.key(name, index)
-        op = op_of(name)
         if op is not None and op.has_site:
             self._refuse_lost_checkpoints(key, activation)
         spec_args = tree_map_only(Tensor, self._spec, args)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lightning_linger.core.functions import name_functions
+from lightning_linger.core.tags import takes_activations
+
 if TYPE_CHECKING:
+    from lightning_linger.core.config import QuantConfig
+    from lightning_linger.core.platform import Platform
     from lightning_linger.core.sites import Site
 
 # Where the scale of a result comes from: its own range, its inputs' scales, or nowhere (movement).
@@ -15,6 +22,19 @@ class Call(Protocol):
     """The bound arguments of one call: a NamedTuple with the torch function's argument names."""
 
     def _replace(self, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A quantizer inside an op, beside those of its operands and its result.
+
+    Args:
+        bits: Width; None takes the site's ``activation_bits``.
+        range: A known absolute maximum; None observes the range.
+    """
+
+    bits: int | None = None
+    range: float | None = None
 
 
 class Op:
@@ -33,14 +53,23 @@ class Op:
             its scale follows from the operands.
         needs_quantized_operand: True where an op on plain values stays plain (index arithmetic, an
             addition before the first layer); False for layers, which quantize their own input.
+        has_parameters: Whether it quantizes weights of the model: sites get a weight grid, range
+            limits apply.
+        commutative: Whether the order of its operands does not matter.
     """
 
     has_site: bool = True
     output_scale: OutputScale = "observed"
     needs_quantized_operand: bool = True
+    has_parameters: bool = False
+    commutative: bool = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Say whether a call works on activations; others are neither counted nor quantized."""
+        return takes_activations(args, kwargs)
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """Bind the arguments of the torch function to a NamedTuple."""
@@ -49,6 +78,24 @@ class Op:
     def operands(self, call: Any) -> list[Any]:
         """Return the activation operands of a bound call, in order."""
         return [call[0]]
+
+    def parameters(self, call: Any) -> list[Any]:
+        """Return the weights of a bound call, which must be parameters of the model."""
+        return []
+
+    def parts(self, call: Any, config: QuantConfig, platform: Platform) -> Mapping[str, Part]:
+        """Name the quantizers inside the op: ``site.parts[name]``."""
+        return {}
+
+    def operand_bits(
+        self, position: int, call: Any, config: QuantConfig, platform: Platform
+    ) -> int:
+        """Return the width that an operand must have."""
+        return config.activation_bits
+
+    def output_range(self, call: Any, config: QuantConfig, platform: Platform) -> float | None:
+        """Return the absolute maximum of results where it is known (1 for a sigmoid)."""
+        return None
 
     def obstacle(self, call: Any) -> str | None:
         """Say why this call (tensors may be :class:`TensorSpec`) has no integer form, if so."""
@@ -70,13 +117,20 @@ class Op:
 _OPS: dict[str, Op] = {}
 
 
-def register(*ops: Op) -> None:
-    """Add ops to the table; a name is taken once."""
-    for op in ops:
-        if op.kind in _OPS:
-            msg = f"the op {op.kind!r} is registered already."
-            raise ValueError(msg)
-        _OPS[op.kind] = op
+def register(op: Op, *spellings: str, properties: Sequence[str] = ()) -> None:
+    """Add an op to the table; a name is taken once.
+
+    Args:
+        op: The op.
+        spellings: Names under which torch has it, its kind if there are none; see
+            :func:`lightning_linger.core.functions.name_functions`.
+        properties: Names of tensor properties that mean it.
+    """
+    if op.kind in _OPS:
+        msg = f"the op {op.kind!r} is registered already."
+        raise ValueError(msg)
+    name_functions(op.kind, spellings or (op.kind,), properties, op.commutative)
+    _OPS[op.kind] = op
 
 
 def op_of(kind: str) -> Op | None:

@@ -94,6 +94,7 @@ class Site(nn.Module):
         config: How it is quantized; None while it is not (or never) quantized.
         platform: The target whose arithmetic applies.
         inputs: Quantizers of operands that arrive as plain floats, by position.
+        parts: Quantizers inside the op, by name.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         fold: The batch norm folded into this layer, if any.
@@ -102,6 +103,7 @@ class Site(nn.Module):
         released: A plain op writes into the result in place: it leaves the grid as a copy.
         weight_is_computed: The weight is a function of parameters (a parametrization), made anew in
             each forward.
+        operand_bits: Width of operands, where it is not the configured one, by position.
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
         why_float: Why the site is not quantized, if so.
@@ -121,6 +123,8 @@ class Site(nn.Module):
         self.config: QuantConfig | None = None
         self.platform: Platform | None = None
         self.inputs = nn.ModuleDict()
+        self.parts = nn.ModuleDict()
+        self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
         self.completes_fold = False
@@ -139,7 +143,8 @@ class Site(nn.Module):
 
     def quantizers(self) -> list[Quantizer]:
         """Return the activation quantizers of this site."""
-        own = [q for q in self.inputs.values() if isinstance(q, Quantizer)]
+        inside = (*self.inputs.values(), *self.parts.values())
+        own = [q for q in inside if isinstance(q, Quantizer)]
         return own + ([self.output] if self.output is not None else [])
 
     @property
@@ -232,7 +237,7 @@ class Site(nn.Module):
         elif self.training and not capturing():
             self.seen[position] = tag
         if tag is not None and tag.bits <= WIDEST_OPERAND:
-            bits = self.config.activation_bits if self.config else tag.bits
+            bits = self.width_of_operand(position, tag.bits)
             return x if tag.bits == bits else self.requantized(x, tag, bits)
         name = str(position)
         if name not in self.inputs:
@@ -246,6 +251,16 @@ class Site(nn.Module):
             return None
         quantizer: Any = self.inputs[name]
         return self.quantized_input(quantizer, x)
+
+    def width_of_operand(self, position: int, default: int) -> int:
+        """Return the width that an operand must have."""
+        if self.config is None:
+            return default
+        return self.operand_bits.get(position, self.config.activation_bits)
+
+    def part(self, name: str) -> Quantizer:
+        """Return a quantizer inside the op."""
+        return self.parts[name]  # type: ignore[return-value]
 
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""

@@ -59,7 +59,7 @@ def takes_activations(args: tuple[object, ...], kwargs: dict[str, object]) -> bo
     alone and must not shift the numbers of the calls after it.
     """
     for value in (*args, *kwargs.values()):
-        first = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(first, Tensor):
-            return first.dtype.is_floating_point or tag_of(first) is not None
+        for x in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(x, Tensor) and (x.dtype.is_floating_point or tag_of(x) is not None):
+                return True
     return False

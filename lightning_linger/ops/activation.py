@@ -147,4 +147,7 @@ _BINDERS: dict[str, Any] = {
     "clamp_max": _bind_clamp_max,
 }
 
-register(*(ClampOp(kind) for kind in _BINDERS))
+_SPELLINGS = {"clamp": ("clamp", "clip")}
+
+for _kind in _BINDERS:
+    register(ClampOp(_kind), *_SPELLINGS.get(_kind, ()))

@@ -372,7 +372,6 @@ class ConvOp(WeightedOp):
         )
 
 
-register(
-    *(ConvOp(f"conv{d}d", d, transposed=False) for d in (1, 2, 3)),
-    *(ConvOp(f"conv_transpose{d}d", d, transposed=True) for d in (1, 2, 3)),
-)
+for _dims in (1, 2, 3):
+    register(ConvOp(f"conv{_dims}d", _dims, transposed=False))
+    register(ConvOp(f"conv_transpose{_dims}d", _dims, transposed=True))

@@ -17,6 +17,7 @@ from lightning_linger.core.fake_quantize import (
     round_to_coarser,
     straight_through,
 )
+from lightning_linger.core.functions import name_functions
 from lightning_linger.core.integer import (
     code_limits,
     divide_by_scale,
@@ -327,6 +328,7 @@ class AddOp(_Binary):
     def __init__(self, kind: str, sign: int) -> None:
         super().__init__(kind)
         self.sign = sign
+        self.commutative = sign > 0
 
     def run_fake(self, site: Site, call: BinaryCall) -> Any:
         """Add on the grid, with the platform's order of rounding."""
@@ -422,6 +424,8 @@ class MulOp(_Binary):
 
     A number becomes a constant of the output's width at the finest power-of-two step that holds it.
     """
+
+    commutative = True
 
     def run_fake(self, site: Site, call: BinaryCall) -> Any:
         """Multiply on the grid."""
@@ -675,4 +679,9 @@ def _real_dtype(x: Any, y: Any) -> torch.dtype:
     return tag.dtype if tag is not None else torch.float32
 
 
-register(AddOp("add", 1), AddOp("sub", -1), MulOp("mul"), CatOp("cat"))
+register(AddOp("add", 1), "add", "__add__")
+register(AddOp("sub", -1), "sub", "subtract", "__sub__")
+# torch.rsub(x, y) is y - x
+name_functions("sub", ("rsub",), swapped=True)
+register(MulOp("mul"), "mul", "multiply", "__mul__")
+register(CatOp("cat"), "cat", "concat", "concatenate")

@@ -13,20 +13,23 @@ from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import tag_of, with_tag
 
-MOVEMENTS = (
-    "flatten",
-    "unflatten",
-    "reshape",
-    "view",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "slice",
-    "chunk",
-    "split",
-    "contiguous",
-)
+# op -> the functions that mean it
+MOVEMENTS: dict[str, tuple[str, ...]] = {
+    "flatten": ("flatten",),
+    "unflatten": ("unflatten",),
+    "reshape": ("reshape", "reshape_as"),
+    "view": ("view", "view_as"),
+    "permute": ("permute",),
+    "transpose": ("transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis"),
+    "squeeze": ("squeeze",),
+    "unsqueeze": ("unsqueeze",),
+    "slice": ("__getitem__", "select", "narrow", "index_select"),
+    "chunk": ("chunk", "tensor_split"),
+    "split": ("split", "split_with_sizes", "unbind"),
+    "contiguous": ("contiguous", "clone", "detach"),
+}
+# Spelled as an attribute rather than a call.
+PROPERTIES: dict[str, tuple[str, ...]] = {"transpose": ("T", "mT", "H", "mH")}
 
 
 class MovementOp(Op):
@@ -124,8 +127,7 @@ class PadOp(Op):
         return F.pad(x.float(), call.pad, mode=call.mode).to(x.dtype)
 
 
-register(
-    *(MovementOp(kind) for kind in MOVEMENTS),
-    DropoutOp("dropout"),
-    PadOp("pad"),
-)
+for _kind, _names in MOVEMENTS.items():
+    register(MovementOp(_kind), *_names, properties=PROPERTIES.get(_kind, ()))
+register(DropoutOp("dropout"), "dropout", "dropout1d", "dropout2d", "dropout3d")
+register(PadOp("pad"), "pad", "constant_pad_nd")

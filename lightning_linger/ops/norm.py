@@ -137,6 +137,8 @@ class BatchNormOp(Op):
     the batch's statistics, with gradients through them.
     """
 
+    has_parameters = True
+
     needs_quantized_operand = False
 
     def bind(self, *args: Any, **kwargs: Any) -> BatchNormCall:

@@ -462,9 +462,8 @@ def _own(tag: Tag, site: Site) -> Tag:
     return dataclasses.replace(tag, site=site.key)
 
 
-register(
-    *(AvgPoolOp(f"avg_pool{d}d", d, adaptive=False) for d in (1, 2, 3)),
-    *(AvgPoolOp(f"adaptive_avg_pool{d}d", d, adaptive=True) for d in (1, 2, 3)),
-    *(MaxPoolOp(f"max_pool{d}d", d) for d in (1, 2, 3)),
-    MeanOp("mean"),
-)
+for _dims in (1, 2, 3):
+    register(AvgPoolOp(f"avg_pool{_dims}d", _dims, adaptive=False))
+    register(AvgPoolOp(f"adaptive_avg_pool{_dims}d", _dims, adaptive=True))
+    register(MaxPoolOp(f"max_pool{_dims}d", _dims))
+register(MeanOp("mean"))

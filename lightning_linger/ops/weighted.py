@@ -95,6 +95,11 @@ class WeightedOp(Op):
     """A linear map of the input with a weight and an optional bias."""
 
     needs_quantized_operand = False
+    has_parameters = True
+
+    def parameters(self, call: Any) -> list[Any]:
+        """The weight."""
+        return [call.weight]
 
     def apply(self, call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the torch function with other tensors in the place of the call's."""

@@ -20,7 +20,7 @@ _LUNA_UNSUPPORTED = {
 }
 
 
-def _luna(name: str, engine_name: str) -> Platform:
+def _luna(name: str, engine_name: str, curves: str) -> Platform:
     """One of LISTENAI's LUNA engines: power-of-two scales, half-up right shifts, saturation."""
     return Platform(
         name=name,
@@ -32,6 +32,7 @@ def _luna(name: str, engine_name: str) -> Platform:
         add="round_operands",
         dialect="linger",
         engine_name=engine_name,
+        curves=curves,
         unsupported=_LUNA_UNSUPPORTED,
     )
 
@@ -39,10 +40,10 @@ def _luna(name: str, engine_name: str) -> Platform:
 PLATFORMS: dict[str, Platform] = {
     platform.name: register_platform(platform)
     for platform in (
-        _luna("venusa", "venusA"),
-        _luna("arcs", "arcs"),
-        _luna("venus", "venus"),
-        _luna("mars", "mars"),
+        _luna("venusa", "venusA", curves="venusa"),
+        _luna("arcs", "arcs", curves="arcs"),
+        _luna("venus", "venus", curves="venus"),
+        _luna("mars", "mars", curves="arcs"),
         Platform(
             name="onnxruntime",
             scale="free",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_linger.core.instrumentation import (
     Event,
@@ -47,6 +48,14 @@ def quant_error(model: nn.Module, batch: Any) -> list[QuantErrorRow]:
     return meter.rows()
 
 
+def main_result(result: Any) -> Tensor | None:
+    """Return the first activation among the results of an op, which is what is compared."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and (leaf.dtype.is_floating_point or tag_of(leaf) is not None):
+            return leaf
+    return None
+
+
 def measured_sites(model: nn.Module) -> list[str]:
     """Return the keys of the sites that are compared."""
     return [site.key for site in instrumentation_of(model).sites if site.quantized]
@@ -69,14 +78,16 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
     integers = _results(model, forward, "integer")
 
     def compare(event: Event) -> None:
-        key, fake, tag = event.site.key, event.result, tag_of(event.result)
-        if not event.site.quantized or _passes_through(event):
+        key, fake = event.site.key, main_result(event.result)
+        if fake is None or not event.site.quantized or _passes_through(event):
             return
         if key not in integers or key not in references:
             return
         isolated = _isolated(instrumentation, event)
-        if isolated is None:
+        reference = main_result(event.run_float())
+        if isolated is None or reference is None:
             return
+        tag = tag_of(fake)
         window = _window(event.site)
         meter.update(
             key,
@@ -85,7 +96,7 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
             integers[key],
             isolated,
             _inside(references[key], window),
-            _inside(event.run_float(), window),
+            _inside(reference, window),
         )
 
     with number_system(model, "fake"), _tapped(instrumentation, compare):
@@ -99,15 +110,16 @@ def measure_quant_error(model: nn.Module, forward: Forward, meter: QuantError) -
     references = _results(model, forward, "float")
 
     def compare(event: Event) -> None:
-        key, tag = event.site.key, tag_of(event.result)
-        if tag is None or _passes_through(event) or key not in references:
+        key, result = event.site.key, main_result(event.result)
+        tag = tag_of(result)
+        if result is None or tag is None or _passes_through(event) or key not in references:
             return
         step = float(tag.step)
         low, high = -(2 ** (tag.bits - 1)), 2 ** (tag.bits - 1) - 1
         if event.site.output is not None:
             low, high = (int(code) for code in event.site.output.code_bounds(step))
         reference = _inside(references[key], _window(event.site))
-        meter.update(key, event.result, reference, low * step, high * step, step)
+        meter.update(key, result, reference, low * step, high * step, step)
 
     with number_system(model, "fake"), _tapped(instrumentation, compare):
         forward()
@@ -117,9 +129,10 @@ def _results(model: nn.Module, forward: Forward, system: str) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
 
     def keep(event: Event) -> None:
-        if isinstance(event.result, Tensor):
+        result = main_result(event.result)
+        if result is not None:
             # A clone: a later in-place op of the model must not change what is compared.
-            found[event.site.key] = real_values(event.result).detach().clone()
+            found[event.site.key] = real_values(result).detach().clone()
 
     with number_system(model, system), _tapped(instrumentation_of(model), keep):
         forward()
@@ -134,7 +147,8 @@ def _isolated(instrumentation: Instrumentation, event: Event) -> Tensor | None:
         result = event.site.op.run_integer(event.site, event.call)
     finally:
         switches.system = "fake"
-    return real_values(result) if isinstance(result, Tensor) else None
+    result = main_result(result)
+    return None if result is None else real_values(result)
 
 
 def _passes_through(event: Event) -> bool:

@@ -11,8 +11,6 @@ from torch import nn
 from lightning_linger.core.config import Limit, LimitGradient, NormalizeConfig
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.sites import Limits, Site
-from lightning_linger.ops.norm import BatchNormOp
-from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.stages.selection import NORMALIZE_MARK, Fields, Selection
 
 
@@ -62,7 +60,7 @@ def plan_normalize(
     selection.validate(model, instrumentation.sites)
     for site in instrumentation.sites:
         site.limits = None
-        if isinstance(site.op, WeightedOp | BatchNormOp):
+        if site.op.has_parameters:
             fields, _ = selection.resolve(model, site)
             if fields is not None:
                 _attach(site, config.override(dict(fields)))

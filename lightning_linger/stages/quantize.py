@@ -123,8 +123,8 @@ class _Planner:
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
-        site.inputs = nn.ModuleDict()
-        site.merged, site.why_float = False, "not reached"
+        site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
+        site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
 
     def _walk(self, nodes: list[Node]) -> None:
         on_grid: set[int] = set()
@@ -183,14 +183,16 @@ class _Planner:
         platform = platform_of(config.platform)
         self._refuse_unsupported(site, config, platform)
         site.config, site.platform, site.why_float = config, platform, None
-        if isinstance(site.op, WeightedOp | BatchNormOp):
+        if site.op.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
+        self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.output_scale == "inputs":
             return True
         bits = config.output_bits
         if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
-            site.output = self._quantizer(site.key, bits, config, platform)
+            known = site.op.output_range(call, config, platform)
+            site.output = self._quantizer(site.key, bits, config, platform, known)
         return bits is not None and bits <= WIDEST_OPERAND
 
     def _obstacle(
@@ -201,10 +203,10 @@ class _Planner:
             return obstacle
         if self.graph.is_aliased(site.key):
             return "works in place on a value that is read again under its old name"
-        if isinstance(site.op, WeightedOp):
-            if call.weight.value not in self.constants:
+        for weight in site.op.parameters(call):
+            if weight.value not in self.constants:
                 return "its weight is computed from the input"
-            site.weight_is_computed = not call.weight.constant
+            site.weight_is_computed |= not weight.constant
         if not all(spec.floating for spec in operands):
             return "an operand holds integers, not activations"
         if site.op.needs_quantized_operand and not any(s.value in on_grid for s in operands):
@@ -264,17 +266,33 @@ class _Planner:
     ) -> None:
         for position, operand in enumerate(site.op.operands(call)):
             name = str(position)
+            bits = site.op.operand_bits(position, call, config, platform)
+            if bits != config.activation_bits:
+                site.operand_bits[position] = bits
             plain = isinstance(operand, TensorSpec) and operand.value not in on_grid
             if plain and name not in site.inputs:
                 site.inputs[name] = self._quantizer(
-                    f"{site.key}:input{position}", config.activation_bits, config, platform
+                    f"{site.key}:input{position}", bits, config, platform
                 )
 
+    def _add_parts(self, site: Site, call: Any, config: QuantConfig, platform: Platform) -> None:
+        for name, part in site.op.parts(call, config, platform).items():
+            bits = config.activation_bits if part.bits is None else part.bits
+            site.parts[name] = self._quantizer(
+                f"{site.key}:{name}", bits, config, platform, part.range
+            )
+
     def _quantizer(
-        self, name: str, bits: int, config: QuantConfig, platform: Platform
+        self,
+        name: str,
+        bits: int,
+        config: QuantConfig,
+        platform: Platform,
+        known_range: float | None = None,
     ) -> Quantizer:
         grid = Grid(bits, config.scale or platform.scale, config.rounding or platform.rounding)
-        quantizer = Quantizer(name, grid, config.range)  # type: ignore[arg-type]
+        kind = config.range if known_range is None else known_range
+        quantizer = Quantizer(name, grid, kind)  # type: ignore[arg-type]
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
 
