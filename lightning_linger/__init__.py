@@ -13,6 +13,7 @@ from lightning_linger.core.errors import (
     QuantizationWarning,
     UnsupportedError,
 )
+from lightning_linger.core.functions import operator
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
@@ -51,6 +52,7 @@ __all__ = [
     "integer",
     "normalize",
     "normalize_module",
+    "operator",
     "prepare",
     "quant_error",
     "quant_module",

@@ -6,12 +6,17 @@ function *object* to its op, because names do not survive tracing and a single o
 silently lose call sites.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TorchFunction = Callable[..., Any]
 
@@ -99,6 +104,42 @@ def name_function_objects(op: str, found: Mapping[TorchFunction, Canonical]) -> 
             msg = f"the function {function!r} belongs to the op {taken.op!r} already, not {op!r}."
             raise ValueError(msg)
     CANONICAL.update(found)
+
+
+def forget_functions(op: str) -> None:
+    """Let no function mean an op any more."""
+    for function in [f for f, canonical in CANONICAL.items() if canonical.op == op]:
+        del CANONICAL[function]
+
+
+def operator(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a Python function one op, instead of the torch functions that it calls.
+
+    Decorate the function and register an op for the decorated one
+    (``register(MyOp("squash"), functions=[squash])``). Where no op is registered for it, or no
+    stage is on, it runs as it was written.
+
+    Args:
+        function: Takes tensors among its arguments, directly or in lists and tuples.
+    """
+
+    @functools.wraps(function)
+    def visible(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = tuple(_tensors_among((*args, *kwargs.values())))
+        if has_torch_function(tensors):
+            found: R = handle_torch_function(visible, tensors, *args, **kwargs)
+            return found
+        return function(*args, **kwargs)
+
+    return visible
+
+
+def _tensors_among(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_among(value)
 
 
 def _mutating() -> Iterator[TorchFunction]:

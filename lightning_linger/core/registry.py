@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lightning_linger.core.functions import name_functions
+from lightning_linger.core.functions import (
+    Canonical,
+    forget_functions,
+    name_function_objects,
+    name_functions,
+)
 from lightning_linger.core.tags import takes_activations
 
 if TYPE_CHECKING:
@@ -117,20 +122,42 @@ class Op:
 _OPS: dict[str, Op] = {}
 
 
-def register(op: Op, *spellings: str, properties: Sequence[str] = ()) -> None:
-    """Add an op to the table; a name is taken once.
+def register(
+    op: Op,
+    *spellings: str,
+    properties: Sequence[str] = (),
+    functions: Sequence[Callable[..., Any]] = (),
+) -> None:
+    """Add an op to the table.
 
     Args:
         op: The op.
-        spellings: Names under which torch has it, its kind if there are none; see
-            :func:`lightning_linger.core.functions.name_functions`.
+        spellings: Names under which torch has it, its kind if neither they nor ``functions`` are
+            given; see :func:`lightning_linger.core.functions.name_functions`.
         properties: Names of tensor properties that mean it.
+        functions: Functions that mean it: made visible by
+            :func:`lightning_linger.core.functions.operator`, or custom ops of ``torch.ops``.
+
+    Raises:
+        ValueError: If the kind, or one of the functions, is taken.
     """
     if op.kind in _OPS:
         msg = f"the op {op.kind!r} is registered already."
         raise ValueError(msg)
-    name_functions(op.kind, spellings or (op.kind,), properties, op.commutative)
+    if spellings or not functions:
+        name_functions(op.kind, spellings or (op.kind,), properties, op.commutative)
+    name_function_objects(op.kind, dict.fromkeys(functions, Canonical(op.kind)))
     _OPS[op.kind] = op
+
+
+def unregister(kind: str) -> None:
+    """Take an op out of the table again, e.g. at the end of a test.
+
+    Raises:
+        KeyError: If there is none of this kind.
+    """
+    del _OPS[kind]
+    forget_functions(kind)
 
 
 def op_of(kind: str) -> Op | None:

@@ -3,7 +3,7 @@
 A dialect is a table ``{op name: translation}``. The op names are those of ``torch.ops.linger``
 (``conv``, ``linear``, ``add`` ...). A translation is called once per recorded op with a
 :class:`Builder` and a :class:`Call`, adds nodes, and returns the value that takes the place of the
-op's result.
+op's result; a list of values where the op has several results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Call:
         site: Key of the site; of the value's producer for ``dequantize``.
         target: The platform, None for ``dequantize``, which is the same everywhere.
         arguments: The op's arguments by name.
-        result: The op's result, whose dtype and shape the translation has to produce.
+        results: The op's results, whose dtypes and shapes the translation has to produce.
     """
 
     op: str
@@ -42,7 +42,12 @@ class Call:
     site: str
     target: Platform | None
     arguments: Mapping[str, Any]
-    result: ir.Value
+    results: list[ir.Value]
+
+    @property
+    def result(self) -> ir.Value:
+        """The op's first result, which most ops have only."""
+        return self.results[0]
 
     def __getattr__(self, name: str) -> Any:
         arguments = self.__dict__.get("arguments", {})
@@ -128,7 +133,9 @@ class Builder:
         return value
 
 
-Translation = Callable[[Builder, Call], ir.Value]
+# One value, or as many as the op has results.
+Results = ir.Value | Sequence[ir.Value]
+Translation = Callable[[Builder, Call], Results]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class Dialect:
     """
 
     name: str
-    table: Mapping[str, Translation]
+    table: dict[str, Translation]
     opset_version: int
     ir_version: int
     domains: Mapping[str, int]

@@ -2,8 +2,8 @@
 
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.export.dialect import Dialect
-from lightning_linger.export.linger_dialect import LINGER
-from lightning_linger.export.qdq_dialect import QDQ
+from lightning_linger.export.linger import LINGER
+from lightning_linger.export.qdq import QDQ
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (LINGER, QDQ)}
 

@@ -52,9 +52,11 @@ def lower(captured: Captured, dialect: Dialect) -> Steps:
                 f"Leave the layer in float with overrides={{'{call.site}': None}}."
             )
             raise UnsupportedError(msg)
-        result = translation(Builder(graph, node, call), call)
-        replace_value(graph, node.outputs[0], result)
-        producers[result] = call.site
+        translated = translation(Builder(graph, node, call), call)
+        results = [translated] if isinstance(translated, ir.Value) else translated
+        for output, result in zip(node.outputs, results, strict=True):
+            replace_value(graph, output, result)
+            producers[result] = call.site
         graph.remove(node, safe=True)
     _require_all(captured.live, found)
     dialect.finish(graph)
@@ -106,7 +108,7 @@ def _call(
         site=site,
         target=PLATFORMS.get(platform),
         arguments=arguments,
-        result=node.outputs[0],
+        results=list(node.outputs),
     )
 
 

@@ -23,7 +23,7 @@ import lightning_linger as linger
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.export.dialects import DIALECTS
 from lightning_linger.export.exporter import export_onnx
-from lightning_linger.export.qdq_dialect import QDQ, qdq_dialect
+from lightning_linger.export.qdq import QDQ, qdq_dialect
 from tests.models import Block, Chain, Lambda, ResNet, trained
 
 DIALECTS.setdefault(QDQ.name, QDQ)

@@ -8,7 +8,7 @@ import numpy as np
 from onnxscript import ir
 
 from lightning_linger.export.dialect import shape_of
-from lightning_linger.export.linger_schemas import DOMAIN
+from lightning_linger.export.linger.schema import DOMAIN
 from lightning_linger.export.lowering import merge_duplicates, replace_value
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32)

@@ -1,8 +1,4 @@
-"""Running integer graphs of the ``linger`` dialect on numpy arrays, without the engine.
-
-The arithmetic is that of the library's own integer ops, so a graph agrees with the model it came
-from, and with graphs that other tools wrote in either generation of the dialect's names.
-"""
+"""Reading a graph of the ``linger`` dialect and running its nodes one after the other."""
 
 from __future__ import annotations
 
@@ -12,14 +8,20 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from lightning_linger.core.errors import ConfigError, LingerError, UnsupportedError
-from lightning_linger.export.runner_ops import KERNELS, Step
-from lightning_linger.export.runner_plain import run_plain
+from lightning_linger.export.runner import boundary, elementwise, layers, pool
+from lightning_linger.export.runner.plain import run_plain
+from lightning_linger.export.runner.step import Array, Kernel, Step
 from lightning_linger.platforms import PLATFORMS
 
-Array = NDArray[Any]
+# By the newer generation's names.
+KERNELS: dict[str, Kernel] = {
+    **boundary.KERNELS,
+    **layers.KERNELS,
+    **elementwise.KERNELS,
+    **pool.KERNELS,
+}
 
 # Both generations of names; what is not here is its own name.
 OP_ALIASES: dict[str, str] = {

@@ -1,0 +1,70 @@
+"""The ``linger`` dialect: the integer graph that thinker packs into a chip image.
+
+Integers flow between the nodes, weights are int8 initializers in torch's layout, biases int32 at
+the scale of the accumulator. Scales are *reciprocals* of this library's steps: ``q = x * scale_x``.
+The engine rounds ``floor(x + 0.5)`` and saturates; its ops say nothing else about rounding.
+
+A family is a module with a ``TABLE``, the translation of each of its ops, and ``SCHEMAS``, the ops
+it adds to the domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from onnx.defs import OpSchema
+
+from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.sites import Site
+from lightning_linger.export.dialect import Dialect, Translation
+from lightning_linger.export.linger import boundary, elementwise, layers, pool
+from lightning_linger.export.linger.schema import DOMAIN
+from lightning_linger.export.linger.tidy import tidy
+from lightning_linger.export.schemas import register_schemas
+
+
+class _Family(Protocol):
+    TABLE: dict[str, Translation]
+    SCHEMAS: list[OpSchema]
+
+
+_FAMILIES: tuple[_Family, ...] = (boundary, layers, elementwise, pool)
+
+
+def _check(sites: Sequence[Site]) -> None:
+    """Refuse targets that do not read this dialect, and graphs for two targets at once."""
+    first: Site | None = None
+    for site in sites:
+        platform = site.platform
+        if platform is None:
+            continue
+        if platform.dialect != "linger":
+            msg = (
+                f"`{site.key}` is quantized for platform {platform.name!r}, which reads the "
+                f"{platform.dialect!r} dialect. Export with dialect={platform.dialect!r}, or "
+                "quantize for 'venusa', 'arcs', 'venus' or 'mars'."
+            )
+            raise UnsupportedError(msg)
+        if first is None:
+            first = site
+        elif first.platform is not None and first.platform.name != platform.name:
+            msg = (
+                f"a linger graph has one platform. Found {first.platform.name!r} at `{first.key}` "
+                f"and {platform.name!r} at `{site.key}`. Give all layers the same platform."
+            )
+            raise UnsupportedError(msg)
+
+
+register_schemas([schema for family in _FAMILIES for schema in family.SCHEMAS])
+
+LINGER = Dialect(
+    name="linger",
+    table={op: write for family in _FAMILIES for op, write in family.TABLE.items()},
+    # What the packer's own ONNX release reads.
+    opset_version=18,
+    ir_version=8,
+    domains={DOMAIN: 1},
+    check=_check,
+    finish=tidy,
+)

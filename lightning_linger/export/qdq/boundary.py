@@ -1,0 +1,32 @@
+"""Entering, leaving and changing the grid."""
+
+from __future__ import annotations
+
+from onnxscript import ir
+
+from lightning_linger.core.integer import code_limits
+from lightning_linger.export.dialect import shape_of
+from lightning_linger.export.qdq.writer import Write, Writer
+
+
+def _quantize(w: Writer) -> ir.Value:
+    call = w.call
+    return w.result(call.x, call.scale, call.bits, call.low, call.high)
+
+
+def _dequantize(w: Writer) -> ir.Value:
+    return w.real(w.call.x, w.call.scale, "x")
+
+
+def _requantize(w: Writer) -> ir.Value:
+    call = w.call
+    ratio = w.number(call.scale_x / call.scale_o, "ratio")
+    value = w.node("Mul", [w.real(call.x, 1.0, "x"), ratio], shape_of(call.x))
+    return w.result(value, 1.0, call.bits, *code_limits(call.bits), fused=False)
+
+
+TABLE: dict[str, Write] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "requantize": _requantize,
+}

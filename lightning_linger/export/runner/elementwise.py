@@ -1,0 +1,81 @@
+"""Sums, products, joins and clamps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lightning_linger.core.integer import code_limits
+from lightning_linger.export.runner.step import ROUNDING, Array, Kernel, Step, to_array
+from lightning_linger.ops.elementwise import integer_add, integer_cat, integer_mul
+
+
+def pair_arguments(step: Step) -> dict[str, Any]:
+    """Return the arguments that ops with two operands share."""
+    low, high = code_limits(step.bits("o_bits"))
+    return {
+        "x": step.codes(0),
+        "y": step.codes(1, "scale_y", "y_bits"),
+        "scale_x": step.step("scale_x"),
+        "scale_y": step.step("scale_y"),
+        "scale_o": step.step("scale_o"),
+        "bits_o": step.bits("o_bits"),
+        "low": low,
+        "high": high,
+        "rounding": ROUNDING,
+        "platform": step.platform,
+    }
+
+
+def _add(sign: int) -> Callable[[Step], Array]:
+    def run(step: Step) -> Array:
+        return to_array(integer_add(sign=sign, round_operands=True, **pair_arguments(step)))
+
+    return run
+
+
+def _mul(step: Step) -> Array:
+    return to_array(integer_mul(**pair_arguments(step)))
+
+
+def _cat(step: Step) -> Array:
+    parts = [
+        step.codes(index, f"scale_x_{index}", f"x_{index}_bits")
+        for index in range(len(step.inputs))
+    ]
+    steps = [step.step(f"scale_x_{index}") for index in range(len(parts))]
+    y = integer_cat(
+        parts,
+        int(step.get("axis")),
+        steps,
+        step.step("scale_o"),
+        step.bits("o_bits"),
+        ROUNDING,
+        step.platform,
+    )
+    return to_array(y)
+
+
+def _relu(step: Step) -> Array:
+    x = step.array(0)
+    positive: Array = np.maximum(x, x.dtype.type(0))
+    return positive
+
+
+def _clip(step: Step) -> Array:
+    x = step.array(0)
+    edges = [*step.inputs[1:], None, None][:2]
+    low, high = (None if edge is None else edge.astype(x.dtype) for edge in edges)
+    return x if low is None and high is None else np.clip(x, low, high)
+
+
+KERNELS: dict[str, Kernel] = {
+    "QAdd": _add(1),
+    "QSub": _add(-1),
+    "QMul": _mul,
+    "QCat": _cat,
+    "Relu": _relu,
+    "Clip": _clip,
+}

@@ -1,0 +1,77 @@
+"""Pools."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.export.runner.step import (
+    ROUNDING,
+    Array,
+    Kernel,
+    Step,
+    padded,
+    split_pads,
+    to_array,
+    to_tensor,
+)
+from lightning_linger.ops.pool import integer_avg_pool, integer_max_pool
+
+
+def _refuse_ceil_mode(step: Step) -> None:
+    if step.attributes.get("ceil_mode", 0):
+        msg = f"{step.label}: the engine ignores ceil_mode=1. Export with ceil_mode=0."
+        raise UnsupportedError(msg)
+
+
+def _avg_pool(step: Step) -> Array:
+    _refuse_ceil_mode(step)
+    x = step.codes(0)
+    before, after = split_pads(step.get("pads"))
+    counts_pads = bool(step.attributes.get("count_include_pad", 1))
+    if before != after:
+        if not counts_pads:
+            msg = f"{step.label}: uneven pads that do not count are not supported."
+            raise UnsupportedError(msg)
+        x, before = padded(x, before, after, 0), [0] * len(before)
+    y = integer_avg_pool(
+        x,
+        list(step.get("kernel_shape")),
+        list(step.get("strides")),
+        before,
+        False,
+        counts_pads,
+        max(int(step.attributes.get("divisor_override", -1)), 0),
+        step.step("scale_x"),
+        step.step("scale_o"),
+        step.bits("o_bits"),
+        ROUNDING,
+        step.platform,
+    )
+    return to_array(y)
+
+
+def _max_pool(step: Step) -> Array:
+    _refuse_ceil_mode(step)
+    x = to_tensor(step.array(0))
+    kernel = list(step.get("kernel_shape"))
+    before, after = split_pads(step.attributes.get("pads", [0] * (2 * len(kernel))))
+    if before != after or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
+        lowest = -float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+        x, before = padded(x, before, after, lowest), [0] * len(kernel)  # type: ignore[arg-type]
+    y = integer_max_pool(
+        x,
+        kernel,
+        list(step.attributes.get("strides", [1] * len(kernel))),
+        before,
+        list(step.attributes.get("dilations", [1] * len(kernel))),
+        False,
+        step.platform,
+    )
+    return to_array(y)
+
+
+KERNELS: dict[str, Kernel] = {
+    **{f"QAvgPool{dims}d": _avg_pool for dims in (1, 2)},
+    "MaxPool": _max_pool,
+}
