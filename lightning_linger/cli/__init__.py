@@ -1,0 +1,48 @@
+"""The command ``lightning-linger``, one file per subcommand.
+
+A subcommand is a module with ``add_parser(subparsers)``, which sets the default ``run``: a function
+of the parsed arguments that raises a `LingerError` for what a user did wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_linger.__about__ import __version__
+from lightning_linger.cli import convert_checkpoint
+from lightning_linger.core.errors import LingerError
+
+_SUBCOMMANDS = (convert_checkpoint,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0, or 2 after an error, which is one line on the standard error.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except LingerError as error:
+        message = " ".join(str(error).split())
+        print(f"lightning-linger: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-linger",
+        description="Tools around quantization-aware training with lightning-linger.",
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-linger {__version__}")
+    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for subcommand in _SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+    return parser

@@ -1,0 +1,151 @@
+"""``lightning-linger convert-checkpoint``: LSTM layers of a checkpoint in another layout."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.instrumentation import STATE_NAME
+from lightning_linger.export.files import check_target, write_atomically
+from lightning_linger.nn.checkpoints import check_layout, convert, find_layers
+
+_DESCRIPTION = """\
+Convert LSTM layers with projection from one checkpoint layout to another.
+
+one direction:
+  asr                  LSTMP of pytorch-asr-extension
+  lstmp                lightning_linger.nn.LSTMP
+  torch                nn.LSTM(..., proj_size=...)
+
+two directions:
+  asr-ublstmp          UBLSTMP of pytorch-asr-extension
+  ublstmp              lightning_linger.nn.UBLSTMP
+  fast-ublstmp         two nn.LSTM, forward_lstmp and backward_lstmp
+  lstmp-pair           two LSTMP, such as lstmp and lstmp2
+  torch-bidirectional  nn.LSTM(..., proj_size=..., bidirectional=True)
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "convert-checkpoint",
+        help="convert LSTM layers with projection to another checkpoint layout",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="checkpoint to read")
+    add("target", metavar="TARGET", type=Path, help="checkpoint to write")
+    add("--from", dest="old", metavar="LAYOUT", required=True, help="layout of SOURCE")
+    add("--to", dest="new", metavar="LAYOUT", required=True, help="layout of TARGET")
+    add(
+        "--prefix",
+        metavar="PATH",
+        help="convert only the layer at this dotted path; by default, every layer in the layout",
+    )
+    add(
+        "--key",
+        metavar="NAME",
+        help="entry of SOURCE that is the state dict; by default 'state_dict' if there is one, as "
+        "in a Lightning checkpoint, otherwise SOURCE itself",
+    )
+    add("--force", action="store_true", help="overwrite TARGET if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert a checkpoint.
+
+    Raises:
+        ConfigError: If SOURCE cannot be read or does not have the layout, or if TARGET cannot be
+            written or exists.
+    """
+    check_layout(arguments.old)
+    check_layout(arguments.new)
+    source, target = arguments.source, check_target(arguments.target)
+    if target.exists() and not arguments.force:
+        kind = "SOURCE itself" if source.exists() and target.samefile(source) else "there already"
+        msg = f"{str(target)!r} is {kind}. Pass another TARGET, or --force to overwrite it."
+        raise ConfigError(msg)
+    checkpoint = _load(source)
+    key = arguments.key
+    if key is None and isinstance(checkpoint.get("state_dict"), Mapping):
+        key = "state_dict"
+    state_dict = checkpoint if key is None else _entry(checkpoint, key, source)
+    _check_state_dict(state_dict, source)
+    if arguments.prefix is None:
+        paths = find_layers(state_dict, arguments.old)
+    else:
+        paths = [arguments.prefix]
+    converted = convert(state_dict, arguments.old, arguments.new, arguments.prefix)
+    result = converted if key is None else {**checkpoint, key: converted}
+    buffer = io.BytesIO()
+    torch.save(result, buffer)
+    write_atomically(target, buffer.getvalue())
+    names = ", ".join(path or "the layer itself" for path in paths)
+    print(f"{target}: {arguments.old} -> {arguments.new} for {names}")
+    if checkpoint.get("optimizer_states"):
+        print(
+            "note: the optimizer states were kept and belong to the old layout; load the weights "
+            "and start a new fit.",
+            file=sys.stderr,
+        )
+
+
+def _load(source: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        msg = f"cannot read {str(source)!r}: {error.strerror or error}."
+        raise ConfigError(msg) from error
+    # What a broken file raises depends on where it is broken.
+    except Exception as error:
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if refused:
+            msg = (
+                f"{str(source)!r} holds {refused[1]}, which is not loaded from a file that may not "
+                "be trusted. Save its state dict alone, with torch.save(model.state_dict(), path)."
+            )
+        else:
+            msg = f"{str(source)!r} is no checkpoint, or it is damaged: torch cannot load it."
+        raise ConfigError(msg) from error
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        msg = f"{str(source)!r} holds a {kind}. Save a state dict or a Lightning checkpoint."
+        raise ConfigError(msg)
+    return checkpoint
+
+
+def _entry(checkpoint: dict[str, Any], key: str, source: Path) -> Mapping[str, Any]:
+    entry = checkpoint.get(key)
+    if not isinstance(entry, Mapping):
+        mappings = [name for name, value in checkpoint.items() if isinstance(value, Mapping)]
+        msg = (
+            f"{str(source)!r} has no state dict {key!r}. Pass --key with one of "
+            f"{', '.join(map(repr, mappings)) or 'its entries'}, or leave it out if the file is a "
+            "state dict."
+        )
+        raise ConfigError(msg)
+    return entry
+
+
+def _check_state_dict(state_dict: Mapping[str, Any], source: Path) -> None:
+    keys = list(state_dict)
+    if not all(isinstance(key, str) for key in keys):
+        msg = f"{str(source)!r} is no state dict: its keys are not all strings. Pass --key."
+        raise ConfigError(msg)
+    if any(STATE_NAME in key.split(".") for key in keys):
+        msg = (
+            f"{str(source)!r} is a quantized model, whose ranges belong to its layers as they are. "
+            "Convert the float checkpoint, and quantize afterwards."
+        )
+        raise ConfigError(msg)
