@@ -15,6 +15,8 @@ from lightning_linger.core.errors import (
 )
 from lightning_linger.core.functions import operator
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
+from lightning_linger.nn import LSTMP, UBLSTMP
+from lightning_linger.ops.recurrent import fused_rnn
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
@@ -31,6 +33,8 @@ from lightning_linger.stages.selection import (
 from lightning_linger.stages.summary import summary
 
 __all__ = [
+    "LSTMP",
+    "UBLSTMP",
     "ConfigError",
     "FuseConfig",
     "Limit",
@@ -49,6 +53,7 @@ __all__ = [
     "divergence",
     "export_onnx",
     "fuse_bn",
+    "fused_rnn",
     "integer",
     "normalize",
     "normalize_module",

@@ -1,23 +1,44 @@
-"""The example keeps what its table promises."""
+"""The examples keep what their tables promise, and the shipped data what its README says."""
 
+import importlib
+import json
+import shutil
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import lightning_linger as linger
-from examples import digits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("onnxruntime")
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCURACIES = ("float", "constrained", "QAT", "integer", "exported")
+SPLITS = ("train", "validation", "test")
+
+
+class Examples:
+    """Imports the examples as Python does that runs one of them: from their own folder."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> Examples:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return Examples()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = digits.main(tmp_path, epochs=3)
+def test_digits_end_to_end(
+    examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = examples.digits.main(tmp_path, epochs=3)
     assert set(results) == {"venusa", "onnxruntime"}
     for platform, result in results.items():
         for name in ACCURACIES:
@@ -38,14 +59,172 @@ def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         state = torch.load(tmp_path / f"digits.{platform}.ckpt", weights_only=False)["state_dict"]
         assert any(key.startswith("_linger.") for key in state)
     printed = capsys.readouterr().out
+    assert "450 test images" in printed
     assert "logits that differ" in printed
     assert "tensorboard --logdir" in printed
 
 
-def test_the_example_model_is_quantized_completely() -> None:
-    model = digits.Digits()
-    linger.prepare(model, (torch.rand(2, 1, 8, 8),))
-    linger.fuse_bn(model)
-    linger.quantize(model)
-    model.train()(torch.rand(8, 1, 8, 8))
-    assert not [row for row in linger.summary(model) if row.system == "float"]
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["kws", "sequence", "attention"])
+def test_an_example_end_to_end(examples: Examples, name: str, tmp_path: Path) -> None:
+    results = getattr(examples, name).main(tmp_path, epochs=4, limit=128)
+    assert set(results) == {"venusa"}
+    result = results["venusa"]
+    assert set(ACCURACIES) <= set(result)
+    assert result["fake_vs_integer"] == 0
+    assert result["integer_vs_exported"] == 0
+    assert result["logits"] == 128 * (12 if name == "kws" else 10)
+    assert len(list(tmp_path.rglob("*.venusa.onnx"))) == 1
+    assert len(list(tmp_path.rglob("*.venusa.ckpt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "model"),
+    [
+        ("digits", "Digits"),
+        ("kws", "DSCNN"),
+        ("kws", "GRU"),
+        ("sequence", "RowReader"),
+        ("attention", "RowEncoder"),
+    ],
+)
+def test_the_models_are_quantized_completely(examples: Examples, example: str, model: str) -> None:
+    net = getattr(getattr(examples, example), model)()
+    inputs = torch.rand(8, *net.example_input_array.shape[1:])
+    linger.prepare(net, (inputs[:2],))
+    linger.fuse_bn(net)
+    linger.quantize(net)
+    net.train()(inputs)
+    assert not [row for row in linger.summary(net) if row.system == "float"]
+
+
+def test_stages_are_measured_on_the_test_data(examples: Examples, tmp_path: Path) -> None:
+    common = examples.common
+    inputs, labels = torch.eye(4), torch.arange(4)
+    data = common.TensorData((inputs, labels), (inputs, labels.flip(0)), (inputs, labels))
+    stages = common.StageAccuracy(1, 2, data.test)
+
+    class Identity(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Trainer:
+        sanity_checking = False
+        current_epoch = 0
+
+    trainer = Trainer()
+    stages.on_validation_end(trainer, Identity())
+    assert stages.accuracy == {"float": 0.0}
+    trainer.current_epoch = 1
+    stages.on_validation_end(trainer, Identity())
+    trainer.current_epoch = 2
+    stages.on_validation_end(trainer, Identity())
+    assert set(stages.accuracy) == {"float", "constrained"}
+
+
+def test_training_data_comes_in_the_same_order_whatever_was_drawn_before(
+    examples: Examples,
+) -> None:
+    numbers = torch.arange(64)
+    data = examples.common.TensorData((numbers, numbers), (numbers, numbers), batch_size=16)
+    first = [batch for batch, _ in data.train_dataloader()]
+    torch.rand(3)
+    again = [batch for batch, _ in data.train_dataloader()]
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    assert not torch.equal(torch.cat(first), numbers)
+
+
+def test_elements_that_differ_are_counted(examples: Examples) -> None:
+    differing = examples.common.differing
+    assert differing(torch.ones(3), torch.ones(3)) == 0
+    assert differing(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])) == 2
+
+
+@pytest.fixture
+def features(examples: Examples) -> dict[str, np.ndarray]:
+    with np.load(examples.make_kws_features.FEATURES, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_keyword_features_are_as_described(
+    examples: Examples, features: dict[str, np.ndarray]
+) -> None:
+    maker = examples.make_kws_features
+    assert tuple(features["classes"]) == maker.CLASSES
+    spoken = {}
+    for split in SPLITS:
+        codes, labels = features[f"{split}_codes"], features[f"{split}_labels"]
+        assert codes.dtype == np.uint8
+        assert codes.shape[1:] == (maker.FRAMES, maker.MELS) == (49, 16)
+        assert codes.max() <= maker.HIGHEST_CODE
+        expected = maker.EXAMPLES_PER_CLASS[split]
+        assert np.bincount(labels).tolist() == [expected] * len(maker.CLASSES)
+        spoken[split] = {features["voices"][index] for index in features[f"{split}_voices"]}
+        assert spoken[split] == set(maker.VOICES[split].split())
+    assert not spoken["train"] & spoken["test"]
+    assert not spoken["train"] & spoken["validation"]
+    assert not spoken["validation"] & spoken["test"]
+    metadata = json.loads(str(features["metadata"]))
+    assert metadata["made_by"].startswith("examples/make_kws_features.py with espeak-ng ")
+    assert maker.FEATURES.stat().st_size < 2.5e6
+
+
+def drawn(maker: ModuleType) -> dict[str, list]:
+    rng = np.random.default_rng(maker.SEED)
+    return {split: maker.plan(split, rng) for split in maker.VOICES}
+
+
+def test_keyword_features_come_from_the_script(
+    examples: Examples, features: dict[str, np.ndarray]
+) -> None:
+    maker = examples.make_kws_features
+    for split, plan in drawn(maker).items():
+        assert features[f"{split}_labels"].tolist() == [label for label, _ in plan]
+        names = features["voices"][features[f"{split}_voices"]].tolist()
+        assert names == [utterance.voice for _, utterance in plan]
+        silent = [index for index, (_, utterance) in enumerate(plan) if utterance.word is None]
+        for index in silent[:10]:
+            made = maker.log_mel(maker.mix(plan[index][1])).astype(int)
+            # Another FFT may round a code at a tie differently.
+            assert np.abs(made - features[f"{split}_codes"][index]).max() <= 1
+            assert np.mean(made != features[f"{split}_codes"][index]) < 0.01
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+def test_keyword_features_are_made_again(
+    examples: Examples, features: dict[str, np.ndarray]
+) -> None:
+    maker = examples.make_kws_features
+    version = json.loads(str(features["metadata"]))["made_by"].split()[-1]
+    if maker.espeak_version() != version:
+        pytest.skip(f"needs espeak-ng {version}")
+    for split, plan in drawn(maker).items():
+        for index in range(8):
+            made = maker.log_mel(maker.mix(plan[index][1])).astype(int)
+            assert np.abs(made - features[f"{split}_codes"][index]).max() <= 1
+
+
+def test_resampling_keeps_a_tone(examples: Examples) -> None:
+    maker = examples.make_kws_features
+    time = np.arange(22050) / 22050
+    resampled = maker.resample(np.sin(2 * np.pi * 440 * time), 22050)
+    expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    assert len(resampled) == 16000
+    assert np.abs(resampled - expected).max() < 1e-6
+
+
+def test_keyword_data_has_the_shape_and_the_values_of_its_model(
+    examples: Examples, features: dict[str, np.ndarray]
+) -> None:
+    kws = examples.kws
+    path = examples.make_kws_features.FEATURES
+    for name, (make_model, _, _) in kws.MODELS.items():
+        model, data = make_model(), kws.kws_data(path, name, limit=4)
+        inputs, labels = data.train.tensors
+        assert inputs.shape == (4, *model.example_input_array.shape[1:])
+        assert model(inputs).shape == (4, kws.CLASSES)
+        assert labels.tolist() == features["train_labels"][:4].tolist()
+        values = features["train_codes"][:4] * 0.25 - 8.0
+        kept = inputs.reshape(4, -1, kws.MELS).numpy()
+        assert np.array_equal(kept, values[:, : kept.shape[1]])

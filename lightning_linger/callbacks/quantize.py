@@ -42,6 +42,7 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
+        fused_rnn: Multiply whole input sequences of recurrent layers at once.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
         overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
@@ -68,6 +69,7 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
+        fused_rnn: bool = True,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
@@ -87,6 +89,7 @@ class QuantizeCallback(StageCallback):
             ahead_bn_relu=ahead_bn_relu,
             ahead_linear_relu=ahead_linear_relu,
             strict_platform=strict_platform,
+            fused_rnn=fused_rnn,
         )
         self.types = types
         self.modules = modules

@@ -38,6 +38,9 @@ class QuantConfig:
         ahead_bn_relu: The same for a batch norm, folded or not.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make an op that the platform's engine cannot run an error at set-up.
+        fused_rnn: A recurrent layer multiplies its whole input sequence with the input weights at
+            once, and steps through time for the recurrent part only; False does everything step by
+            step, with the same bits and less memory (see :func:`lightning_linger.fused_rnn`).
     """
 
     platform: str = "venusa"
@@ -53,6 +56,7 @@ class QuantConfig:
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
     strict_platform: bool = False
+    fused_rnn: bool = True
 
     def __post_init__(self) -> None:
         _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
@@ -63,6 +67,9 @@ class QuantConfig:
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, None))
+        if type(self.fused_rnn) is not bool:
+            msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
+            raise ConfigError(msg)
         number = isinstance(self.range, int | float) and not isinstance(self.range, bool)
         if not (self.range in RANGE_KINDS if not number else 0 < float(self.range) < math.inf):
             msg = (

@@ -99,17 +99,31 @@ def name_function_objects(op: str, found: Mapping[TorchFunction, Canonical]) -> 
         ValueError: If another op has one of them.
     """
     for function in found:
-        taken = CANONICAL.get(function)
+        taken = canonical_of(function)
         if taken is not None and taken.op not in ("", op):
             msg = f"the function {function!r} belongs to the op {taken.op!r} already, not {op!r}."
             raise ValueError(msg)
-    CANONICAL.update(found)
+    CANONICAL.update({f: canonical for f, canonical in found.items() if not _is_wrapper(f)})
+    wrappers = {f: canonical for f, canonical in found.items() if _is_wrapper(f)}
+    WRAPPERS[:] = [(f, canonical) for f, canonical in WRAPPERS if f not in wrappers]
+    WRAPPERS.extend(wrappers.items())
+
+
+def canonical_of(function: TorchFunction) -> Canonical | None:
+    """Return what a function means, None for one that nobody has named."""
+    found = CANONICAL.get(function)
+    if found is None:
+        for wrapper, canonical in WRAPPERS:
+            if function is wrapper:
+                return canonical
+    return found
 
 
 def forget_functions(op: str) -> None:
     """Let no function mean an op any more."""
     for function in [f for f, canonical in CANONICAL.items() if canonical.op == op]:
         del CANONICAL[function]
+    WRAPPERS[:] = [(f, canonical) for f, canonical in WRAPPERS if canonical.op != op]
 
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
@@ -172,8 +186,21 @@ def _queries() -> Iterator[TorchFunction]:
         yield getattr(torch.Tensor, name).__get__
 
 
+def _is_wrapper(function: TorchFunction) -> bool:
+    """Whether it is one of the few methods (``__pow__``, ``__rsub__``) that torch wraps in Python.
+
+    ``torch.compile`` does not find these in a dictionary, though they are there.
+    """
+    inside = getattr(function, "__wrapped__", None) is not None
+    return inside and getattr(function, "__module__", None) == torch._tensor.__name__
+
+
 # A dictionary, because a graph capture looks functions up in dictionaries but not in sets.
 CANONICAL: dict[TorchFunction, Canonical] = {
     **{function: Canonical("", inplace=True) for function in _mutating()},
     **{function: Canonical("", query=True) for function in _queries()},
 }
+# The functions that have to be compared one by one; see `_is_wrapper`.
+WRAPPERS: list[tuple[TorchFunction, Canonical]] = [
+    (function, CANONICAL.pop(function)) for function in list(CANONICAL) if _is_wrapper(function)
+]

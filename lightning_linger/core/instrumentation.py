@@ -14,10 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
-from lightning_linger.core.functions import CANONICAL, Canonical
+from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
-from lightning_linger.core.movement import move
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sites import Site, Switches, real_values
@@ -41,13 +40,14 @@ class Event:
         site: The site.
         call: Its bound call.
         result: Its result.
-        run_float: Runs the same call, on the real values of its operands, without quantization.
+        run_float: Runs the same call without quantization, on the real values of its operands, or
+            on what a function given as argument makes of each tensor.
     """
 
     site: Site
     call: Any
     result: Any
-    run_float: Callable[[], Any]
+    run_float: Callable[..., Any]
 
 
 Tap = Callable[[Event], None]
@@ -296,7 +296,7 @@ class Instrumentation(nn.Module):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function of the model."""
-        canonical = CANONICAL.get(func)
+        canonical = canonical_of(func)
         if self.recorder is not None:
             return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])
         if canonical is None:
@@ -307,7 +307,7 @@ class Instrumentation(nn.Module):
         if op is None or not op.takes(args, kwargs):
             return self._run_plain(func, args, kwargs, canonical.inplace)
         if not op.has_site:
-            return move(func, args, kwargs)
+            return op.move(func, args, kwargs)
         site = self._find_site(op, args, kwargs)
         system = site.system() if site is not None else None
         result = NotImplemented
@@ -344,12 +344,12 @@ class Instrumentation(nn.Module):
     ) -> None:
         call = site.op.bind(*_in_order(args, canonical), **kwargs)
 
-        def run_float() -> Any:
-            plain = tree_map_only(Tensor, _plain_values, call)
+        def run_float(values: Callable[[Tensor], Tensor] = _plain_values) -> Any:
+            plain = tree_map_only(Tensor, values, call)
             found = site.op.run_float(site, plain)
             if found is not NotImplemented:
                 return found
-            plain_args, plain_kwargs = tree_map_only(Tensor, _plain_values, (args, kwargs))
+            plain_args, plain_kwargs = tree_map_only(Tensor, values, (args, kwargs))
             return func(*plain_args, **{**plain_kwargs, **_out_of_place(kwargs)})
 
         tap(Event(site, call, result, run_float))

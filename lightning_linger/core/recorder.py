@@ -108,7 +108,9 @@ class Recorder:
         Raises:
             WholeModelRan: If that was the whole model, and nothing after it is of interest.
         """
-        self.run.returned |= {self._spec(x).value for x in _tensors(output)}
+        returned = tuple(self._spec(x) for x in _tensors(output))
+        self._note_aliases(returned)
+        self.run.returned |= {spec.value for spec in returned}
         if whole and self._stop_after_whole:
             raise WholeModelRan
 

@@ -12,6 +12,7 @@ from lightning_linger.core.functions import (
     name_function_objects,
     name_functions,
 )
+from lightning_linger.core.movement import move
 from lightning_linger.core.tags import takes_activations
 
 if TYPE_CHECKING:
@@ -59,8 +60,12 @@ class Op:
         needs_quantized_operand: True where an op on plain values stays plain (index arithmetic, an
             addition before the first layer); False for layers, which quantize their own input.
         has_parameters: Whether it quantizes weights of the model: sites get a weight grid, range
-            limits apply.
+            limits apply. So do the calls of any other op that have :meth:`parameters`.
         commutative: Whether the order of its operands does not matter.
+        takes_window: Whether an activation that follows may narrow the quantizer of the result; not
+            where the op reads its own result again.
+        exact_with_free_scales: Whether fake-quant and integers are equal bit for bit where scales
+            are no powers of two; without, they may differ next to rounding ties.
     """
 
     has_site: bool = True
@@ -68,6 +73,8 @@ class Op:
     needs_quantized_operand: bool = True
     has_parameters: bool = False
     commutative: bool = False
+    takes_window: bool = True
+    exact_with_free_scales: bool = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -102,9 +109,21 @@ class Op:
         """Return the absolute maximum of results where it is known (1 for a sigmoid)."""
         return None
 
+    def quantized_results(self, results: Sequence[Any]) -> Sequence[Any]:
+        """Return those of the results that other ops can take as codes, in order."""
+        return results
+
+    def variant(self, call: Any) -> str:
+        """Return the name under which platforms list this call where they cannot run it."""
+        return self.kind
+
     def obstacle(self, call: Any) -> str | None:
         """Say why this call (tensors may be :class:`TensorSpec`) has no integer form, if so."""
         return None
+
+    def move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of an op without sites; its result is on the grid of its operand."""
+        return move(func, args, kwargs)
 
     def run_float(self, site: Site, call: Any) -> Any:
         """Run with BN folding and range limits, without quantization."""
@@ -163,6 +182,11 @@ def unregister(kind: str) -> None:
 def op_of(kind: str) -> Op | None:
     """Return the op of a canonical name, None if the library has none."""
     return _OPS.get(kind)
+
+
+def all_ops() -> list[Op]:
+    """Return all ops by kind, those that only move values included."""
+    return [_OPS[kind] for kind in sorted(_OPS)]
 
 
 def supported_kinds() -> list[str]:

@@ -18,10 +18,11 @@ from lightning_linger.core.config import (
     QuantConfig,
 )
 from lightning_linger.core.errors import UnsupportedError
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
+    is_power_of_two,
     payload_dtype,
     quantize,
     requantize,
@@ -140,6 +141,17 @@ class Site(nn.Module):
     def quantized(self) -> bool:
         """Whether the quantize stage has a plan for this site."""
         return self.config is not None
+
+    @property
+    def recorded_call(self) -> Any:
+        """The call as it was recorded, with specs in the place of tensors."""
+        kwargs = {name: x for name, x in self.node.kwargs.items() if name != "inplace"}
+        return self.op.bind(*self.node.args, **kwargs)
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether the call has weights of the model."""
+        return self.op.has_parameters or bool(self.op.parameters(self.recorded_call))
 
     def quantizers(self) -> list[Quantizer]:
         """Return the activation quantizers of this site."""
@@ -265,21 +277,27 @@ class Site(nn.Module):
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
         step = narrowed_step(tag, bits)
-        if x.dtype.is_floating_point and self.switches.system == "fake":
-            usable = readable(step, x)
+        tag_after = dataclasses.replace(tag, step=step, bits=bits, site=self.key)
+        usable = readable(step, x)
+        fake = x.dtype.is_floating_point and self.switches.system == "fake"
+        if fake:
             y = fake_quantize(x, usable, *code_limits(bits), self.rounding)
-        else:
-            codes = integer_codes(x)
-            y = requantize(
-                codes,
-                float(tag.step),
-                float(step),
-                tag.bits,
-                bits,
-                self.rounding,
-                self.platform_name,
-            )
-        return with_tag(y, dataclasses.replace(tag, step=step, bits=bits, site=self.key))
+            exact = self.training or not isinstance(usable, float) or is_power_of_two(usable)
+            if exact or capturing():
+                return with_tag(y, tag_after)
+        # With a free scale, real values next to a tie are not as near to it as codes are.
+        codes = requantize(
+            integer_codes(x),
+            float(tag.step),
+            float(step),
+            tag.bits,
+            bits,
+            self.rounding,
+            self.platform_name,
+        )
+        if fake:
+            codes = straight_through(codes.to(x.dtype).mul_(usable), y)
+        return with_tag(codes, tag_after)
 
     @property
     def rounding(self) -> Rounding:

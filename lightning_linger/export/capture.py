@@ -94,7 +94,11 @@ def capture(
             forward.run(forward.example)
         recording = _Watch(example.branches.replay())
         forward.watch = recording
-        with recording.watching(instrumentation), _readable_errors("recorded"):
+        with (
+            recording.watching(instrumentation),
+            _readable_errors("recorded"),
+            _quiet_about_flat_weights(),
+        ):
             program = torch.export.export(forward, tuple(forward.example), strict=False)
     live = _live_sites(program, example.labels, recording.labels)
     with _readable_errors("translated to ONNX"), _quiet():
@@ -472,6 +476,15 @@ def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+@contextlib.contextmanager
+def _quiet_about_flat_weights() -> Iterator[None]:
+    # `nn.LSTM` and its relatives keep a list of their weights, which torch.export takes for loose
+    # tensors that the forward assigns.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*\b_flat_weights\[")
+        yield
 
 
 @contextlib.contextmanager

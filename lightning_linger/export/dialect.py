@@ -93,20 +93,59 @@ class Builder:
             dtype: Of the output; None takes that of the recorded op's result.
             shape: Of the output; None takes that of the recorded op's result.
         """
+        result = self.call.result
+        output = ir.Value(
+            type=ir.TensorType(dtype if dtype is not None else dtype_of(result)),
+            shape=ir.Shape(list(shape)) if shape is not None else result.shape,
+        )
+        self._insert(op_type, inputs, attributes, domain, suffix, [output])
+        return output
+
+    def nodes(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: Sequence[tuple[ir.DataType, Sequence[int]]],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        suffix: str = "",
+    ) -> list[ir.Value]:
+        """Add a node with several outputs and return them.
+
+        Args:
+            op_type: Name of the ONNX op.
+            inputs: Its inputs; trailing None are left away.
+            outputs: Type and shape of each output.
+            attributes: Python numbers, strings and lists.
+            domain: Of the op.
+            suffix: See :meth:`node`.
+        """
+        values = [
+            ir.Value(type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
+            for dtype, shape in outputs
+        ]
+        self._insert(op_type, inputs, attributes, domain, suffix, values)
+        return values
+
+    def _insert(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None,
+        domain: str,
+        suffix: str,
+        outputs: Sequence[ir.Value],
+    ) -> None:
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()
         name = f"{self.call.name}/{suffix}" if suffix else self.call.name
-        result = self.call.result
-        output = ir.Value(
-            name=name,
-            type=ir.TensorType(dtype if dtype is not None else dtype_of(result)),
-            shape=ir.Shape(list(shape)) if shape is not None else result.shape,
-        )
+        for index, output in enumerate(outputs):
+            output.name = f"{name}/output{index}" if index else name
         converted = ir.convenience.convert_attributes(dict(attributes or {}))
-        node = ir.Node(domain, op_type, given, converted, outputs=[output], name=name)
+        node = ir.Node(domain, op_type, given, converted, outputs=outputs, name=name)
         self.graph.insert_before(self.before, node)
-        return output
 
     def constant(self, array: NDArray[Any], suffix: str) -> ir.Value:
         """Add an initializer of the site and return it."""

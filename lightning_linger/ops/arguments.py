@@ -1,6 +1,9 @@
 """Small helpers to normalise the arguments of torch functions."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 
 def to_tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
@@ -16,3 +19,17 @@ def pool_tuple(value: int | Sequence[int] | None, default: tuple[int, ...]) -> t
     if value is None or (not isinstance(value, int) and len(value) == 0):
         return default
     return to_tuple(value, len(default))
+
+
+def reduced_dims(input: Tensor, dim: Any) -> tuple[int, ...]:
+    """Return the dimensions of a reduction; none given means all."""
+    rank = max(len(input.shape), 1)
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
+        return tuple(range(len(input.shape)))
+    return tuple(d % rank for d in to_tuple(dim, 1))
+
+
+def refused_arguments(kwargs: dict[str, Any]) -> str | None:
+    """Return why arguments beyond those that a call binds have no integer form, if any is given."""
+    given = sorted(name for name, value in kwargs.items() if value is not None)
+    return f"`{given[0]}=` has no integer form" if given else None

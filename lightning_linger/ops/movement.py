@@ -1,32 +1,47 @@
-"""Ops that only move values, drop some, or fill in constants: tags pass through."""
+"""Ops that only move values, or drop some: tags pass through, and there is nothing to quantize."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.integer import code_limits
+from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.movement import move
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.rounding import round_value
-from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.sites import real_values
+from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.ops.arguments import to_tuple
 
 # op -> the functions that mean it
 MOVEMENTS: dict[str, tuple[str, ...]] = {
-    "flatten": ("flatten",),
+    "flatten": ("flatten", "ravel"),
     "unflatten": ("unflatten",),
     "reshape": ("reshape", "reshape_as"),
     "view": ("view", "view_as"),
     "permute": ("permute",),
-    "transpose": ("transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis"),
+    "transpose": ("transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis", "adjoint"),
     "squeeze": ("squeeze",),
-    "unsqueeze": ("unsqueeze",),
-    "slice": ("__getitem__", "select", "narrow", "index_select"),
-    "chunk": ("chunk", "tensor_split"),
+    "unsqueeze": ("unsqueeze", "atleast_1d", "atleast_2d", "atleast_3d"),
+    "slice": ("__getitem__", "select", "narrow", "narrow_copy", "index_select"),
+    "chunk": ("chunk", "tensor_split", "hsplit", "vsplit", "dsplit"),
     "split": ("split", "split_with_sizes", "unbind"),
     "contiguous": ("contiguous", "clone", "detach"),
+    "expand": ("expand", "expand_as", "broadcast_to"),
+    "repeat": ("repeat", "tile"),
+    "repeat_interleave": ("repeat_interleave",),
+    "roll": ("roll",),
+    "flip": ("flip", "fliplr", "flipud"),
+    "rot90": ("rot90",),
+    "gather": ("gather", "take_along_dim", "take"),
+    "masked_select": ("masked_select",),
+    "pixel_shuffle": ("pixel_shuffle",),
+    "pixel_unshuffle": ("pixel_unshuffle",),
+    "channel_shuffle": ("channel_shuffle", "native_channel_shuffle"),
 }
 # Spelled as an attribute rather than a call.
 PROPERTIES: dict[str, tuple[str, ...]] = {"transpose": ("T", "mT", "H", "mH")}
@@ -38,96 +53,148 @@ class MovementOp(Op):
     has_site = False
 
 
-class DropoutCall(NamedTuple):
-    """Bound arguments of ``F.dropout`` and its relatives."""
-
-    input: Tensor
-    p: float = 0.5
-    training: bool = True
+# --- diagonals --------------------------------------------------------------------------------
 
 
-class DropoutOp(Op):
-    """Dropout stays as PyTorch has it: active in training, nothing in evaluation.
+class DiagonalOp(MovementOp):
+    """``diagonal``: of codes as a choice of indices, which every runtime has."""
 
-    A training value is scaled by ``1 / (1 - p)`` and keeps its tag: what a consumer sees in
-    evaluation is on the grid.
+    def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take a diagonal."""
+        source = args[0] if args else kwargs["input"]
+        codes = tag_of(source) is not None and not source.dtype.is_floating_point
+        return move(diagonal_of if codes else func, args, kwargs)
+
+
+def diagonal_of(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """Return what ``torch.diagonal`` returns."""
+    planes = input.movedim((dim1, dim2), (-2, -1))
+    rows, columns = planes.shape[-2:]
+    first = (max(-offset, 0), max(offset, 0))
+    count = max(min(rows - first[0], columns - first[1]), 0)
+    chosen = [(first[0] + i) * columns + first[1] + i for i in range(count)]
+    index = torch.tensor(chosen, dtype=torch.int64, device=input.device)
+    return planes.flatten(-2).index_select(-1, index)
+
+
+# --- windows ----------------------------------------------------------------------------------
+
+
+class UnfoldOp(MovementOp):
+    """``Tensor.unfold`` and ``F.unfold``, whose padding is zeros."""
+
+    def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Cut windows out of real values or, as slices, out of codes."""
+        source = args[0] if args else kwargs["input"]
+        if tag_of(source) is None or source.dtype.is_floating_point:
+            return super().move(func, args, kwargs)
+        cut = unfolded_image if func is F.unfold else unfolded
+        return move(cut, args, kwargs)
+
+
+def unfolded(input: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    """Return what ``Tensor.unfold`` returns, as one choice of indices."""
+    dim = dimension % max(input.dim(), 1)
+    count = (input.shape[dim] - size) // step + 1
+    chosen = [start * step + offset for start in range(count) for offset in range(size)]
+    index = torch.tensor(chosen, device=input.device)
+    shape = [*input.shape[:dim], count, size, *input.shape[dim + 1 :]]
+    return input.index_select(dim, index).reshape(shape).movedim(dim + 1, -1)
+
+
+def unfolded_image(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    stride: int | Sequence[int] = 1,
+) -> Tensor:
+    """Return what ``F.unfold`` returns, as slices: torch has it for floating tensors only."""
+    kernel, spread, pad, step = (
+        to_tuple(value, 2) for value in (kernel_size, dilation, padding, stride)
+    )
+    image = input if input.dim() == 4 else input.unsqueeze(0)
+    image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]))
+    sizes = image.shape[2:]
+    geometry = zip(sizes, spread, kernel, step, strict=True)
+    counts = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in geometry]
+    taps = []
+    for row in range(kernel[0]):
+        for column in range(kernel[1]):
+            first = (row * spread[0], column * spread[1])
+            spans = [
+                slice(start, start + s * (count - 1) + 1, s)
+                for start, s, count in zip(first, step, counts, strict=True)
+            ]
+            taps.append(image[:, :, spans[0], spans[1]])
+    columns = torch.stack(taps, 2).flatten(3).flatten(1, 2)
+    return columns if input.dim() == 4 else columns.squeeze(0)
+
+
+# --- dtypes and devices -----------------------------------------------------------------------
+
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
+# The widest codes that a floating dtype holds exactly.
+_WIDEST = {torch.float16: 12, torch.bfloat16: 9}
+
+
+class CastOp(MovementOp):
+    """Casts to another floating dtype, and moves to a device: the codes stay what they are.
+
+    A cast to whole numbers or booleans leaves the grid.
     """
 
-    output_scale = "inputs"
+    def quantized_results(self, results: Sequence[Any]) -> Sequence[Any]:
+        """Those that are still real numbers."""
+        return [spec for spec in results if spec.floating]
 
-    def bind(self, *args: Any, **kwargs: Any) -> DropoutCall:
-        """Bind ``(input, p, training)``."""
-        kwargs.pop("inplace", None)
-        return DropoutCall(*args[:3], **kwargs)
+    def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Cast real values; a payload stays, and its tag names another dtype.
 
-    def run_fake(self, site: Site, call: DropoutCall) -> Any:
-        """Drop in training, pass in evaluation."""
-        tag = tag_of(call.input)
+        Raises:
+            UnsupportedError: If the dtype does not hold the codes.
+        """
+        source = args[0]
+        tag = tag_of(source)
+        others = [_seen_as_real(x) for x in args[1:]]
+        kwargs = {name: _seen_as_real(x) for name, x in kwargs.items()}
         if tag is None:
-            return NotImplemented
-        if not call.training:
-            return call.input
-        function = getattr(F, site.node.function)
-        return with_tag(function(call.input, call.p, True), tag)
-
-    def run_integer(self, site: Site, call: DropoutCall) -> Any:
-        """Pass: the integer model does not drop."""
-        return call.input if tag_of(call.input) is not None else NotImplemented
-
-
-class PadCall(NamedTuple):
-    """Bound arguments of ``F.pad``."""
-
-    input: Tensor
-    pad: tuple[int, ...]
-    mode: str = "constant"
-    value: float | None = None
+            return func(source, *others, **kwargs)
+        payload = not source.dtype.is_floating_point
+        result = func(_seen_as_real(source), *others, **kwargs)
+        if not isinstance(result, Tensor):  # `x.type()` asks
+            return result
+        if not result.dtype.is_floating_point:
+            return func(real_values(source), *others, **kwargs) if payload else result
+        _require_to_hold(result.dtype, tag)
+        if result.dtype == tag.dtype and result.device == source.device:
+            return source if payload else with_tag(result, tag)
+        tag = dataclasses.replace(tag, dtype=result.dtype)
+        return with_tag(source.to(result.device).view_as(source) if payload else result, tag)
 
 
-class PadOp(Op):
-    """``pad``: a constant takes the nearest code of the input's grid."""
+def _seen_as_real(x: Any) -> Any:
+    """Return an empty tensor of the dtype that the model sees in place of a payload."""
+    tag = tag_of(x)
+    if tag is None or x.dtype.is_floating_point:
+        return x
+    return torch.empty(0, dtype=tag.dtype, device=x.device)
 
-    output_scale = "inputs"
 
-    def bind(self, *args: Any, **kwargs: Any) -> PadCall:
-        """Bind ``F.pad`` or ``torch.constant_pad_nd``."""
-        if len(args) == 3 and not isinstance(args[2], str):  # constant_pad_nd(x, pad, value)
-            args = (args[0], args[1], "constant", args[2])
-        return PadCall(*args, **kwargs)
-
-    def run_fake(self, site: Site, call: PadCall) -> Any:
-        """Pad with a value on the grid."""
-        tag = tag_of(call.input)
-        if tag is None:
-            return NotImplemented
-        step = float(tag.step) if call.value else 1.0
-        return with_tag(self._pad(call, call.input, self._code(site, call, step) * step), tag)
-
-    def run_integer(self, site: Site, call: PadCall) -> Any:
-        """Pad with a code."""
-        tag = tag_of(call.input)
-        if tag is None:
-            return NotImplemented
-        code = self._code(site, call, float(tag.step))
-        return with_tag(self._pad(call, integer_codes(call.input), code), tag)
-
-    def _code(self, site: Site, call: PadCall, step: float) -> int:
-        if not call.value:
-            return 0
-        tag = tag_of(call.input)
-        assert tag is not None
-        low, high = code_limits(tag.bits)
-        return max(low, min(high, round_value(call.value / step, site.rounding)))
-
-    def _pad(self, call: PadCall, x: Tensor, value: float) -> Tensor:
-        if call.mode == "constant":
-            return F.pad(x, call.pad, value=value)
-        if x.dtype.is_floating_point:
-            return F.pad(x, call.pad, mode=call.mode)
-        return F.pad(x.float(), call.pad, mode=call.mode).to(x.dtype)
+def _require_to_hold(dtype: torch.dtype, tag: Tag) -> None:
+    widest = _WIDEST.get(dtype)
+    if widest is not None and tag.bits > widest:
+        msg = (
+            f"`{tag.site}`: its {tag.bits}-bit result is cast to {dtype}, which holds codes of at "
+            f"most {widest} bits. Use fewer output_bits there, or keep the model in float32."
+        )
+        raise UnsupportedError(msg)
 
 
 for _kind, _names in MOVEMENTS.items():
     register(MovementOp(_kind), *_names, properties=PROPERTIES.get(_kind, ()))
-register(DropoutOp("dropout"), "dropout", "dropout1d", "dropout2d", "dropout3d")
-register(PadOp("pad"), "pad", "constant_pad_nd")
+register(DiagonalOp("diagonal"))
+register(UnfoldOp("unfold"))
+# By their objects: under these names torch has dtypes and modules too.
+_METHODS = [getattr(space, name) for space in (Tensor, torch._C.TensorBase) for name in _CASTS]
+register(CastOp("cast"), functions=_METHODS)

@@ -372,6 +372,8 @@ class WeightedOp(Op):
         if torch.get_float32_matmul_precision() != "highest" and site.widest_operand > 8:
             return False
         half = 0.0
+        if site.config is not None and site.config.output_bits == 32:
+            half = bound + 1.0  # added to the accumulator itself, it takes a bit of its own
         if site.output is not None:
             # Codes are shifted to start at zero, and a half is added.
             offset = (2.0 ** (site.output.grid.bits - 1) + 0.5) * self._output_step(

@@ -60,7 +60,7 @@ def plan_normalize(
     selection.validate(model, instrumentation.sites)
     for site in instrumentation.sites:
         site.limits = None
-        if site.op.has_parameters:
+        if site.has_parameters:
             fields, _ = selection.resolve(model, site)
             if fields is not None:
                 _attach(site, config.override(dict(fields)))

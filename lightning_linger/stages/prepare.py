@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,7 +44,7 @@ def prepare(
 
     Raises:
         ConfigError: If the inputs are empty, or the model is prepared already.
-        NonFiniteError: If an input holds NaN or infinity.
+        NonFiniteError: If an input holds NaN or +inf; -inf is what attention masks hold.
         UnsupportedError: If the model makes no call that can be quantized.
     """
     if not isinstance(example_inputs, tuple):
@@ -112,7 +113,8 @@ def check_example(example: Any) -> None:
                 "least one sample."
             )
             raise ConfigError(msg)
-        if leaf.dtype.is_floating_point and not torch.isfinite(leaf).all():
+        # Attention masks hold -inf.
+        if leaf.dtype.is_floating_point and not (leaf < math.inf).all():
             msg = (
                 f"an example input of shape {tuple(leaf.shape)} holds NaN or infinity. Pass clean "
                 "data: ranges are derived from it."

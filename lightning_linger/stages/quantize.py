@@ -140,7 +140,7 @@ class _Planner:
             else:
                 quantized = self._plan(self.instrumentation.find(node.key), node, on_grid)
             if quantized and not self._is_released(node):
-                on_grid |= {spec.value for spec in node.outputs}
+                on_grid |= {spec.value for spec in op.quantized_results(node.outputs)}
 
     def _written_plainly(self, nodes: list[Node]) -> Iterator[str]:
         """Find the sites into whose result a call that is not quantized writes in place."""
@@ -181,9 +181,9 @@ class _Planner:
             return False
         config = self.config.override(dict(fields))
         platform = platform_of(config.platform)
-        self._refuse_unsupported(site, config, platform)
+        self._refuse_unsupported(site, call, config, platform)
         site.config, site.platform, site.why_float = config, platform, None
-        if site.op.has_parameters:
+        if site.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
@@ -209,7 +209,8 @@ class _Planner:
             site.weight_is_computed |= not weight.constant
         if not all(spec.floating for spec in operands):
             return "an operand holds integers, not activations"
-        if site.op.needs_quantized_operand and not any(s.value in on_grid for s in operands):
+        layer = site.has_parameters or not site.op.needs_quantized_operand
+        if not layer and not any(spec.value in on_grid for spec in operands):
             return "no operand is quantized"
         if self.graph.is_aliased(site.key):
             return (
@@ -233,8 +234,10 @@ class _Planner:
         site.config, site.platform, site.why_float = layer.config, layer.platform, None
         return layer.output is not None
 
-    def _refuse_unsupported(self, site: Site, config: QuantConfig, platform: Platform) -> None:
-        instead = platform.unsupported.get(site.op.kind)
+    def _refuse_unsupported(
+        self, site: Site, call: Any, config: QuantConfig, platform: Platform
+    ) -> None:
+        instead = platform.unsupported.get(site.op.variant(call))
         if config.strict_platform and instead is not None:
             msg = (
                 f"`{site.key}` at {site.node.location}: the engine of platform {platform.name!r} "
@@ -322,7 +325,7 @@ class _Planner:
 
     def _may_look_ahead(self, site: Site) -> bool:
         config = site.config
-        if config is None:
+        if config is None or not site.op.takes_window:
             return False
         if isinstance(site.op, BatchNormOp) or site.fold is not None:
             return config.ahead_bn_relu

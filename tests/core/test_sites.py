@@ -480,6 +480,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "setitem": _assign,
     "zero_": lambda y: y.zero_(),
     "tanh_": lambda y: y.tanh_(),
+    "relu_": lambda y: y.relu_(),
     "masked_fill_": lambda y: y.masked_fill_(y > 0, 0.5),
     "view": lambda y: y[:, :2].zero_(),
     "out": lambda y: torch.tanh(y, out=y),

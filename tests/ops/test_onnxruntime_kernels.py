@@ -16,14 +16,11 @@ from torch import Tensor
 
 from lightning_linger.core.integer import multiplier, quantize, requantize
 from lightning_linger.ops.activation import integer_clamp
+from lightning_linger.ops.add import _multiply_add, integer_add
+from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.conv import integer_conv
-from lightning_linger.ops.elementwise import (
-    _multiply_add,
-    integer_add,
-    integer_cat,
-    integer_mul,
-)
 from lightning_linger.ops.linear import integer_linear
+from lightning_linger.ops.mul import integer_mul
 from lightning_linger.ops.norm import integer_scale_shift
 from lightning_linger.ops.pool import integer_avg_pool, integer_max_pool, integer_mean
 

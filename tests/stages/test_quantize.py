@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import lightning_linger as linger
 from lightning_linger import QuantConfig
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.ops.elementwise import AddOp, MulOp
+from lightning_linger.ops.add import AddOp
+from lightning_linger.ops.mul import MulOp
 from lightning_linger.ops.weighted import WeightedOp
 from tests.models import (
     Chain,

@@ -18,7 +18,22 @@ from onnx.defs import OpSchema
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
-from lightning_linger.export.linger import boundary, elementwise, layers, pool
+from lightning_linger.export.linger import (
+    arithmetic,
+    boundary,
+    curves,
+    elementwise,
+    embedding,
+    layers,
+    matmul,
+    normalization,
+    pool,
+    recurrent,
+    reduction,
+    resample,
+    select,
+    softmax,
+)
 from lightning_linger.export.linger.schema import DOMAIN
 from lightning_linger.export.linger.tidy import tidy
 from lightning_linger.export.schemas import register_schemas
@@ -29,7 +44,22 @@ class _Family(Protocol):
     SCHEMAS: list[OpSchema]
 
 
-_FAMILIES: tuple[_Family, ...] = (boundary, layers, elementwise, pool)
+_FAMILIES: tuple[_Family, ...] = (
+    boundary,
+    layers,
+    elementwise,
+    pool,
+    curves,
+    softmax,
+    normalization,
+    reduction,
+    embedding,
+    matmul,
+    select,
+    recurrent,
+    arithmetic,
+    resample,
+)
 
 
 def _check(sites: Sequence[Site]) -> None:

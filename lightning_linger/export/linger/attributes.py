@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from onnxscript import ir
 
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.integer import code_limits, is_power_of_two
-from lightning_linger.export.dialect import Builder, Call
+from lightning_linger.export.dialect import Builder, Call, dtype_of, shape_of
 
 _NUMPY_CODES = {8: np.int8, 16: np.int16, 32: np.int32}
 _CODE_TYPES = {8: ir.DataType.INT8, 16: ir.DataType.INT16, 32: ir.DataType.INT32}
@@ -73,7 +73,8 @@ def accumulator(call: Call) -> tuple[dict[str, Any], bool]:
     attributes = common_attributes(call) | {
         "x_bits": call.bits_x,
         "scale_x": scale_x,
-        "w_bits": call.bits_w,
+        # Narrower weights lie in whole bytes, and the engine takes the name of a width literally.
+        "w_bits": payload_bits(call.bits_w),
         "scale_w": scale_w,
         "o_bits": bits_o,
         "scale_o": scale_o,
@@ -122,6 +123,22 @@ def refuse(call: Call, what: str) -> None:
     raise UnsupportedError(msg)
 
 
+def refuse_because(call: Call, what: str, why: str, remedy: str) -> NoReturn:
+    """Refuse what the engine cannot run.
+
+    Args:
+        call: The op.
+        what: What it is.
+        why: The reason.
+        remedy: What to do, as a sentence without its end.
+    """
+    msg = (
+        f"`{call.site}`: the linger dialect has no form of {what} because {why}. {remedy}, or "
+        f"leave it in float with overrides={{'{call.site}': None}}."
+    )
+    raise UnsupportedError(msg)
+
+
 def refuse_left_shift(call: Call) -> None:
     """Refuse a result that is finer than the accumulator."""
     msg = (
@@ -147,24 +164,28 @@ def window(
 
     ``own`` tells the clamp that is a site of its own from the one that completes another op.
     """
-    least, most = code_limits(bits)
+    # The engine saturates at whole bytes.
+    least, most = code_limits(payload_bits(bits))
     if (low, high) == (least, most):
-        return builder.node("Identity", [value]) if own else value
+        return value
+    shape = shape_of(value)
     if (low, high) == (0, most):
-        return builder.node("Relu", [value], suffix="" if own else "relu")
-    dtype = _NUMPY_CODES[_payload_bits(bits)]
+        return builder.node("Relu", [value], suffix="" if own else "relu", shape=shape)
+    dtype = _NUMPY_CODES[payload_bits(bits)]
     edges = [
         builder.constant(np.array(low, dtype), "min"),
         builder.constant(np.array(high, dtype), "max"),
     ]
-    return builder.node("Clip", [value, *edges], suffix="" if own else "clip")
+    return builder.node("Clip", [value, *edges], suffix="" if own else "clip", shape=shape)
 
 
-def _payload_bits(bits: int) -> int:
+def payload_bits(bits: int) -> int:
+    """Return the width in which codes are stored."""
     return 8 if bits <= 8 else 16 if bits <= 16 else 32
 
 
 def reshape(builder: Builder, value: ir.Value, shape: list[int], suffix: str) -> ir.Value:
     """Add a reshape to sizes that are numbers."""
     target = builder.constant(np.array(shape, np.int64), f"{suffix}/shape")
-    return builder.node("Reshape", [value, target], suffix=suffix, shape=shape)
+    dtype = dtype_of(value)
+    return builder.node("Reshape", [value, target], suffix=suffix, dtype=dtype, shape=shape)

@@ -9,6 +9,7 @@ from lightning_linger.export.dialect import Builder, Call, Translation
 from lightning_linger.export.linger.attributes import (
     common_attributes,
     reciprocal,
+    refuse_because,
     requant_attributes,
     window,
 )
@@ -42,6 +43,13 @@ def _dequantize(builder: Builder, call: Call) -> ir.Value:
 
 
 def _requantize(builder: Builder, call: Call) -> ir.Value:
+    if call.bits_x > 8:
+        refuse_because(
+            call,
+            f"a change from {call.bits_x}-bit codes",
+            "the engine changes the step of 8-bit codes only",
+            "Set output_bits=8 for the layer before it",
+        )
     attributes = requant_attributes(call, call.scale_x, call.scale_o, call.bits_x, call.bits)
     return builder.node("Requant", [call.x], attributes, domain=DOMAIN)
 

@@ -8,13 +8,19 @@ import numpy as np
 from onnxscript import ir
 
 from lightning_linger.export.dialect import shape_of
+from lightning_linger.export.linger.rearrange import rearrange
 from lightning_linger.export.linger.schema import DOMAIN
 from lightning_linger.export.lowering import merge_duplicates, replace_value
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32)
 
 
-_MOVEMENTS = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice")
+# Ops that leave the values in their order.
+_SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+_MOVEMENTS = (
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Expand", "Tile"),
+    *("Gather", "DepthToSpace", "SpaceToDepth"),
+)
 
 
 def tidy(graph: ir.Graph) -> None:
@@ -23,6 +29,7 @@ def tidy(graph: ir.Graph) -> None:
         if node.op_type == "Quant" and node.domain == DOMAIN:
             _quantize_early(graph, node)
     merge_duplicates(graph, {"Quant": DOMAIN, "Dequant": DOMAIN, "Requant": DOMAIN})
+    rearrange(graph)
     for node in list(graph):
         rewrite = _REWRITES.get(node.op_type) if node.domain == "" else None
         if rewrite is not None and node.inputs[0] is not None and node.inputs[0].dtype in _INTEGERS:
@@ -56,23 +63,6 @@ def _quantize_early(graph: ir.Graph, quant: ir.Node) -> None:
     graph.remove(quant, safe=True)
 
 
-def _cast(graph: ir.Graph, node: ir.Node) -> None:
-    """Pad codes as they are, where torch can only pad real numbers (reflect, replicate)."""
-    pads = [user for user, _ in node.outputs[0].uses()]
-    if len(pads) != 1 or pads[0].op_type != "Pad":
-        return
-    backs = [user for user, _ in pads[0].outputs[0].uses()]
-    source = node.inputs[0]
-    if source is None or len(backs) != 1 or backs[0].op_type != "Cast":
-        return
-    result = backs[0].outputs[0]
-    if result.dtype != source.dtype or len(pads[0].inputs) > 2:
-        return
-    _replace(graph, backs[0], "Pad", [source, pads[0].inputs[1]], dict(pads[0].attributes))
-    graph.remove(pads[0], safe=True)
-    graph.remove(node, safe=True)
-
-
 def _split(graph: ir.Graph, node: ir.Node) -> None:
     """Write a split as slices, which the engine has."""
     source = node.inputs[0]
@@ -93,9 +83,20 @@ def _split(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _reshape(graph: ir.Graph, node: ir.Node) -> None:
-    """Write a reshape that keeps the batch and flattens the rest as Flatten."""
+    """Drop what one reshape behind another undoes, and write flattening as Flatten."""
     node.attributes.pop("allowzero", None)
+    source = node.inputs[0]
+    earlier = source.producer() if source is not None else None
+    while earlier is not None and earlier.domain == "" and earlier.op_type in _SAME_ORDER:
+        source = earlier.inputs[0]
+        earlier = source.producer() if source is not None else None
+    if source is not None:
+        node.replace_input_with(0, source)
     before, after = _ends(node)
+    if source is not None and before == after and not node.outputs[0].is_graph_output():
+        replace_value(graph, node.outputs[0], source)
+        graph.remove(node, safe=True)
+        return
     if len(before) > 2 and len(after) == 2 and after[0] == before[0]:
         _replace(graph, node, "Flatten", [node.inputs[0]], {"axis": 1})
 
@@ -125,20 +126,28 @@ def _gather(graph: ir.Graph, node: ir.Node) -> None:
     axis = (axis_attribute.as_int() if axis_attribute is not None else 0) % len(before)
     position = int(index.numpy()) % before[axis]
     bounds = _bounds(graph, str(node.name), [position], [position + 1], [axis])
-    cut = ir.Node("", "Slice", [node.inputs[0], *bounds], name=f"{node.name}_slice", num_outputs=1)
     kept = [1 if i == axis else size for i, size in enumerate(before)]
-    cut.outputs[0].name = cut.name
-    cut.outputs[0].type, cut.outputs[0].shape = node.outputs[0].type, ir.Shape(kept)
-    graph.insert_before(node, cut)
-    _replace(graph, node, "Squeeze", [cut.outputs[0], bounds[2]], {})
+    cut = _insert(graph, node, "Slice", [node.inputs[0], *bounds], {}, kept, "slice")
+    _replace(graph, node, "Reshape", [cut, _sizes(graph, node)], {})
+
+
+def _resize(graph: ir.Graph, node: ir.Node) -> None:
+    """Write what keeps the order of the values as a reshape.
+
+    The packer reads the axes of Squeeze and Unsqueeze from an attribute that ONNX has given up, and
+    has no Identity.
+    """
+    _replace(graph, node, "Reshape", [node.inputs[0], _sizes(graph, node)], {})
 
 
 _REWRITES = {
-    "Cast": _cast,
     "Gather": _gather,
+    "Identity": _resize,
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
+    "Squeeze": _resize,
+    "Unsqueeze": _resize,
 }
 
 
@@ -167,6 +176,32 @@ def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
     value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
     graph.initializers[name] = value
     return value
+
+
+def _sizes(graph: ir.Graph, node: ir.Node, sizes: list[int] | None = None) -> ir.Value:
+    """Return the target of a reshape, that of the node's result unless other sizes are given."""
+    numbers = shape_of(node.outputs[0]) if sizes is None else sizes
+    suffix = "_".join(str(number) for number in numbers)
+    return _constant(graph, f"{node.name}/shape_{suffix}", numbers)
+
+
+def _insert(
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: list[Any],
+    attributes: dict[str, Any],
+    shape: list[int],
+    suffix: str,
+) -> ir.Value:
+    """Add a node in front of another, named after it, and return its output."""
+    converted = ir.convenience.convert_attributes(attributes)
+    name = f"{before.name}_{suffix}"
+    node = ir.Node("", op_type, inputs, converted, name=name, num_outputs=1)
+    node.outputs[0].name, node.outputs[0].shape = name, ir.Shape(shape)
+    node.outputs[0].type = before.outputs[0].type
+    graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _replace(

@@ -26,7 +26,22 @@ from collections.abc import Sequence
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
-from lightning_linger.export.qdq import boundary, elementwise, layers, pool
+from lightning_linger.export.qdq import (
+    arithmetic,
+    boundary,
+    curves,
+    elementwise,
+    embedding,
+    layers,
+    matmul,
+    normalization,
+    pool,
+    recurrent,
+    reduction,
+    resample,
+    select,
+    softmax,
+)
 from lightning_linger.export.qdq.movement import finish
 from lightning_linger.export.qdq.writer import SIGNED, UNSIGNED, Write, Writer
 
@@ -35,6 +50,16 @@ _TABLES: tuple[dict[str, Write], ...] = (
     layers.TABLE,
     elementwise.TABLE,
     pool.TABLE,
+    curves.TABLE,
+    softmax.TABLE,
+    normalization.TABLE,
+    reduction.TABLE,
+    embedding.TABLE,
+    matmul.TABLE,
+    select.TABLE,
+    recurrent.TABLE,
+    arithmetic.TABLE,
+    resample.TABLE,
 )
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from lightning_linger.core.integer import code_limits
 from lightning_linger.export.runner.step import ROUNDING, Array, Kernel, Step, to_array
-from lightning_linger.ops.elementwise import integer_add, integer_cat, integer_mul
+from lightning_linger.ops.add import integer_add
+from lightning_linger.ops.cat import integer_cat
+from lightning_linger.ops.mul import integer_mul
 
 
 def pair_arguments(step: Step) -> dict[str, Any]:

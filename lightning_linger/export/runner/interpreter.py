@@ -10,7 +10,20 @@ import numpy as np
 import onnx
 
 from lightning_linger.core.errors import ConfigError, LingerError, UnsupportedError
-from lightning_linger.export.runner import boundary, elementwise, layers, pool
+from lightning_linger.export.runner import (
+    arithmetic,
+    boundary,
+    curves,
+    elementwise,
+    embedding,
+    layers,
+    matmul,
+    movement,
+    normalization,
+    pool,
+    recurrent,
+    softmax,
+)
 from lightning_linger.export.runner.plain import run_plain
 from lightning_linger.export.runner.step import Array, Kernel, Step
 from lightning_linger.platforms import PLATFORMS
@@ -21,6 +34,14 @@ KERNELS: dict[str, Kernel] = {
     **layers.KERNELS,
     **elementwise.KERNELS,
     **pool.KERNELS,
+    **curves.KERNELS,
+    **softmax.KERNELS,
+    **normalization.KERNELS,
+    **embedding.KERNELS,
+    **matmul.KERNELS,
+    **recurrent.KERNELS,
+    **arithmetic.KERNELS,
+    **movement.KERNELS,
 }
 
 # Both generations of names; what is not here is its own name.
@@ -31,6 +52,10 @@ OP_ALIASES: dict[str, str] = {
     **{f"BatchNorm{d}dInt": f"QBatchNorm{d}d" for d in (1, 2)},
     **{f"AvgPool{d}dInt": f"QAvgPool{d}d" for d in (1, 2)},
     **{"LinearInt": "QLinear", "iqAdd": "QAdd", "iqSub": "QSub", "iqMul": "QMul", "iqCat": "QCat"},
+    **{"iqSigmoid": "QSigmoid", "iqTanh": "QTanh", "GluInt": "QGLU"},
+    **{"SoftmaxInt": "QSoftmax", "LayerNormInt": "QLayerNorm2d", "QLayerNorm": "QLayerNorm2d"},
+    "BmmInt": "QBmm",
+    "LSTMInt": "QLSTM",
 }
 ATTRIBUTE_ALIASES: dict[str, str] = {
     "data_bits": "x_bits",
@@ -101,7 +126,8 @@ class OnnxIntegerRunner:
         label = f"node {node.name!r} ({node.op_type})"
         try:
             if kernel is not None:
-                return [kernel(Step(label, _attributes(node), inputs, self._kernel_platform))]
+                found = kernel(Step(label, _attributes(node), inputs, self._kernel_platform))
+                return list(found) if isinstance(found, tuple) else [found]
             if node.domain not in ("", "ai.onnx"):
                 msg = f"{label}: the domain {node.domain!r} has no op of this name that is known."
                 raise UnsupportedError(msg)

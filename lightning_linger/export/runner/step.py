@@ -72,7 +72,8 @@ class Step:
         return to_tensor(array)
 
 
-Kernel = Callable[[Step], Array]
+# One array, or as many as the node has outputs.
+Kernel = Callable[[Step], Array | tuple[Array, ...]]
 
 
 def to_tensor(array: Array) -> Tensor:
