@@ -51,7 +51,7 @@ def test_arguments_are_checked_at_once(build: Callable[[], Any], message: str) -
 
 class NoLayers(Classifier):
     def forward(self, x: Tensor) -> Tensor:
-        return x.exp().sum() / self.fc.bias.exp().sum()
+        return torch.hypot(x.flatten()[:1], self.fc.bias[:1])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).sum()
