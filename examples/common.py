@@ -32,6 +32,7 @@ Results = dict[str, float]
 
 ACCURACIES = ("float", "constrained", "QAT", "integer", "exported")
 COMPARISONS = ("fake_vs_integer", "integer_vs_exported")
+ENGINES = {"linger": "as integers of the engine", "qdq": "in onnxruntime"}
 LIMIT = 8.0  # of weights, biases and outputs in the constrained stage
 SHARES = (2, 1, 1)  # of the epochs: in float, constrained, QAT
 
@@ -115,8 +116,8 @@ class StageAccuracy(pl.Callback):
     """Measures on the test data at the end of each stage before quantization."""
 
     def __init__(self, constrain_at: int, quantize_at: int, test: TensorDataset) -> None:
-        # A later stage that starts in the same epoch leaves the earlier one none of its own.
-        self.ends = {constrain_at: "float"} | {quantize_at: "constrained"}
+        # Where both end at once, the constrained stage was empty: the later entry stays.
+        self.ends = {quantize_at: "constrained", constrain_at: "float"}
         self.test = test
         self.accuracy: Results = {}
 
@@ -259,9 +260,9 @@ def run(
         )
     console = Console()
     print_table(console, title, results)
-    console.print(
-        f"The exported ONNX runs as integers of the engine and in onnxruntime. Files: {out}"
-    )
+    dialects = dict.fromkeys(platform_of(platform).dialect for platform in targets)
+    runs = " and ".join(ENGINES[dialect] for dialect in dialects)
+    console.print(f"The exported ONNX runs {runs}. Files: {out}")
     for platform, onnx in targets.items():
         console.print(f"  {platform}: {onnx}, {name}.{platform}.ckpt")
     console.print(f"Dashboards: tensorboard --logdir {out / 'tensorboard'}")

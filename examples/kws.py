@@ -137,7 +137,10 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     features = make_kws_features.FEATURES
     if arguments.synthesise:
-        features = make_kws_features.make(arguments.out / features.name)
+        try:
+            features = make_kws_features.make(arguments.out / features.name)
+        except FileNotFoundError as error:
+            parser.error(str(error))
     main(
         arguments.out,
         arguments.epochs,
