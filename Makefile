@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+PACKER_VENV := .venv-thinker
+PACKER_STAMP := $(PACKER_VENV)/.installed
 PYTESTARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-thinker thinker-env lint bench docs clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -35,7 +37,31 @@ demo: $(STAMP) ## Train, quantize and export a digit classifier
 # One thread per worker, and none of them spinning while it waits.
 test: $(STAMP) ## Run the tests in parallel, with coverage
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTESTARGS)
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
+	    --ignore=tests/thinker $(PYTESTARGS)
+
+$(PACKER_STAMP): constraints-thinker.txt
+	@for python in $(PACKER_PYTHON) $(PYTHON) python3.11 python3.10; do \
+	  $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' \
+	    2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "the packer needs Python 3.10 or 3.11; name one with make PACKER_PYTHON=..."; exit 1; \
+	fi; \
+	$$found -m venv --clear $(PACKER_VENV) 2>/dev/null \
+	  || { $$found -m venv --clear --without-pip $(PACKER_VENV) \
+	       && $$found -m pip --python $(PACKER_VENV)/bin/python install pip; }
+	$(PACKER_VENV)/bin/python -m pip --disable-pip-version-check --retries 1 --timeout 15 \
+	  install --no-deps -r constraints-thinker.txt
+	@touch $@
+
+thinker-env: $(PACKER_STAMP) ## Install thinker's packer into an environment of its own
+
+# Without the packer (no network, no such Python) the tests skip, and say why.
+test-thinker: $(STAMP) ## Pack exported models for every chip
+	@$(MAKE) --no-print-directory thinker-env || echo "there is no packer: its tests skip"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal tests/thinker $(PYTESTARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -49,7 +75,7 @@ docs: $(DOCS_STAMP) ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache \
+	rm -rf $(VENV) $(PACKER_VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache \
 	  .ruff_cache .hypothesis lightning_logs
 	find lightning_linger tests benchmarks examples -name __pycache__ -type d -prune \
 	  -exec rm -rf {} + 2>/dev/null || true

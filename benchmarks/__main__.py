@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import integer_conv, kernels, trainer_overhead, training
+from benchmarks import integer_conv, kernels, recurrent, trainer_overhead, training
 from benchmarks.measure import Effort, Row, Spread
 
 # Spinning OpenMP threads make a busy machine many times slower, and they inflate CPU time.
@@ -18,6 +18,7 @@ THREADS = 2
 
 SECTIONS: dict[str, Callable[[Effort], list[Row]]] = {
     **{name: partial(training.measure, name) for name in training.WORKLOADS},
+    "recurrent": recurrent.measure,
     "kernels": kernels.measure,
     "integer_conv": integer_conv.measure,
     "trainer": trainer_overhead.measure,

@@ -22,6 +22,7 @@ from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
+    float32_code_limits,
     is_power_of_two,
     payload_dtype,
     quantize,
@@ -408,4 +409,6 @@ def integer_codes(x: Tensor) -> Tensor:
     tag = tag_of(x)
     if tag is None or not x.dtype.is_floating_point:
         return x
-    return torch.round(x / tag.step).to(payload_dtype(tag.bits))
+    # In training a dropout in front scales values beyond their grid.
+    codes = torch.round(x / tag.step).clamp_(*float32_code_limits(tag.bits))
+    return codes.to(payload_dtype(tag.bits))

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import can_read
+from lightning_linger.core.graph import TensorSpec
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.ops.arguments import refused_arguments
+from lightning_linger.ops.selection import at_common_step, integer_maximum
 
 
 class ClampCall(NamedTuple):
-    """Bound arguments of a clamping activation."""
+    """Bound arguments of a clamping activation; ``tensors`` are bounds that are no numbers."""
 
     input: Tensor
     low: float = -math.inf
     high: float = math.inf
-    supported: bool = True
+    tensors: tuple[Any, Any] = (None, None)
+    refused: str | None = None
 
 
 @integer_op("linger::clamp")
@@ -42,7 +47,11 @@ def window_of(call: ClampCall) -> Window:
 
 
 class ClampOp(Op):
-    """``relu``, ``relu6``, ``hardtanh`` and ``clamp`` with numbers as bounds."""
+    """``relu``, ``relu6``, ``hardtanh`` and ``clamp``.
+
+    Numbers as bounds take the nearest codes of the input's grid. With tensors as bounds, all meet
+    at the coarsest step among them.
+    """
 
     output_scale = "inputs"
 
@@ -52,14 +61,20 @@ class ClampOp(Op):
         call: ClampCall = _BINDERS[self.kind](*args, **kwargs)
         return call
 
+    def operands(self, call: ClampCall) -> list[Any]:
+        """The input, and bounds that are tensors."""
+        return [call.input, *call.tensors] if has_tensor_bounds(call) else [call.input]
+
     def obstacle(self, call: ClampCall) -> str | None:
-        """Bounds that are tensors have no place in the quantizer's edges."""
-        return None if call.supported else "clamping between tensors has no integer form"
+        """``out=`` writes where nothing is on a grid."""
+        return call.refused
 
     def run_fake(self, site: Site, call: ClampCall) -> Any:
         """Clamp to the bounds as they lie on the input's grid."""
         if site.merged and tag_of(call.input) is not None:
             return call.input
+        if has_tensor_bounds(call):
+            return _between(site, call, torch.maximum, torch.minimum)
         x = site.operand(0, call.input)
         tag = tag_of(x)
         if x is None or tag is None:
@@ -68,9 +83,17 @@ class ClampOp(Op):
         return with_tag(_clamp(x, low, high), tag)
 
     def run_integer(self, site: Site, call: ClampCall) -> Any:
-        """Call ``linger::clamp``."""
+        """Call ``linger::clamp``, or ``linger::maximum`` with bounds that are tensors."""
         if site.merged and tag_of(call.input) is not None:
             return call.input
+        if has_tensor_bounds(call):
+            name = site.platform_name
+            return _between(
+                site,
+                call,
+                lambda x, y: integer_maximum(x, y, True, name),
+                lambda x, y: integer_maximum(x, y, False, name),
+            )
         x = site.operand(0, call.input)
         tag = tag_of(x)
         if x is None or tag is None:
@@ -80,6 +103,29 @@ class ClampOp(Op):
         codes = integer_codes(x)
         assert codes.dtype == payload_dtype(tag.bits)
         return with_tag(integer_clamp(codes, low, high, tag.bits, site.platform_name), tag)
+
+
+def has_tensor_bounds(call: ClampCall) -> bool:
+    """Whether a bound is a tensor, which no edge of a quantizer can stand for."""
+    return any(edge is not None for edge in call.tensors)
+
+
+def _between(
+    site: Site,
+    call: ClampCall,
+    larger: Callable[[Tensor, Tensor], Tensor],
+    smaller: Callable[[Tensor, Tensor], Tensor],
+) -> Any:
+    given = (call.input, *call.tensors)
+    found = [None if x is None else site.operand(i, x) for i, x in enumerate(given)]
+    if any(x is not None and y is None for x, y in zip(given, found, strict=True)):
+        return NotImplemented
+    moved, tag = at_common_step(site, [x for x in found if x is not None])
+    values = iter(moved)
+    x, low, high = (None if y is None else next(values) for y in found)
+    assert x is not None  # the input is always there
+    x = x if low is None else larger(x, low)
+    return with_tag(x if high is None else smaller(x, high), tag)
 
 
 def _edge_code(edge: float, step: float, bits: int) -> int:
@@ -120,14 +166,11 @@ def _bind_hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -
 
 
 def _bind_clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> ClampCall:
-    if any(isinstance(edge, Tensor) or _is_spec(edge) for edge in (min, max)) or kwargs:
-        return ClampCall(input, supported=False)
+    refused = refused_arguments(kwargs)
+    if any(isinstance(edge, Tensor | TensorSpec) for edge in (min, max)):
+        return ClampCall(input, tensors=(min, max), refused=refused)
     low = -math.inf if min is None else float(min)
-    return ClampCall(input, low, math.inf if max is None else float(max))
-
-
-def _is_spec(value: Any) -> bool:
-    return value is not None and not isinstance(value, int | float)
+    return ClampCall(input, low, math.inf if max is None else float(max), refused=refused)
 
 
 def _bind_clamp_min(input: Tensor, min: Any) -> ClampCall:

@@ -95,4 +95,5 @@ def adaptive_windows(source: int, target: int) -> list[Sequence[int]]:
 
 
 for _dims in _POOLS:
-    register(AdaptiveMaxPoolOp(f"adaptive_max_pool{_dims}d", _dims))
+    _kind = f"adaptive_max_pool{_dims}d"
+    register(AdaptiveMaxPoolOp(_kind, _dims), _kind, f"{_kind}_with_indices")

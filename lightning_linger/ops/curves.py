@@ -23,7 +23,12 @@ from torch import Tensor
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fake_quantize import Scalar
-from lightning_linger.core.integer import integer_op, is_power_of_two, payload_dtype
+from lightning_linger.core.integer import (
+    code_limits,
+    integer_op,
+    is_power_of_two,
+    payload_dtype,
+)
 from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site, integer_codes, step_of
@@ -209,15 +214,34 @@ def integer_curve(
     """
     engine = arithmetic_of(platform)
     curves = "" if engine is None else engine.curves
-    fraction_x, fraction_o = fraction_of(scale_x), fraction_of(scale_o)
+    many = x.numel() > 1 << bits_x
+    operands = torch.arange(*_span(bits_x), device=x.device) if many else x.long()
     if function in _SMOOTH:
-        aligned = luna.align(x.long(), fraction_x, _GELU_FRACTION, 32)
-        y = luna.align(_SMOOTH[function](aligned), _GELU_FRACTION, fraction_o, bits_o)
+        y = _smooth(operands, function, scale_x, scale_o, bits_o)
     else:
-        formats = luna.curves_of(curves)
-        aligned = luna.align(x.long(), fraction_x, formats.input_fraction, formats.input_bits)
-        y = luna.to_fraction(_BOUNDED[function](aligned, curves), curves, fraction_o)
-    return y.clamp(low, high).to(payload_dtype(bits_o))
+        y = _bounded(operands, function, curves, scale_x, scale_o)
+    codes = y.clamp(low, high).to(payload_dtype(bits_o))
+    if not many:
+        return codes
+    # Each code is computed once.
+    index = x.reshape(-1).to(torch.int32) + (1 << (bits_x - 1))
+    return torch.index_select(codes, 0, index).reshape(x.shape)
+
+
+def _span(bits: int) -> tuple[int, int]:
+    low, high = code_limits(bits)
+    return low, high + 1
+
+
+def _smooth(x: Tensor, function: str, scale_x: float, scale_o: float, bits_o: int) -> Tensor:
+    aligned = luna.align(x, fraction_of(scale_x), _GELU_FRACTION, 32)
+    return luna.align(_SMOOTH[function](aligned), _GELU_FRACTION, fraction_of(scale_o), bits_o)
+
+
+def _bounded(x: Tensor, function: str, curves: str, scale_x: float, scale_o: float) -> Tensor:
+    formats = luna.curves_of(curves)
+    aligned = luna.align(x, fraction_of(scale_x), formats.input_fraction, formats.input_bits)
+    return luna.to_fraction(_BOUNDED[function](aligned, curves), curves, fraction_of(scale_o))
 
 
 @integer_curve.register_fake
@@ -266,8 +290,9 @@ def engine_computes(
         return platform.curves == "venusa" and exact and is_power_of_two(target.scale)
     if function.kind not in _BOUNDED:
         return False
+    # Their range is known: the scale follows from the width.
     narrow = bits_x <= ENGINE_BITS or platform.curves == "venus"
-    return narrow and target.bits == ENGINE_BITS and target.scale == 2.0 ** (1 - ENGINE_BITS)
+    return narrow and target.bits == ENGINE_BITS
 
 
 # --- ops --------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def _by_reciprocal(call: PairCall) -> PairCall:
     return call._replace(other=1.0 / float(call.other))
 
 
+register(DivOp("div"), "div", "divide", "true_divide", "__truediv__", "__div__")
 _JUMPS = "a remainder jumps from one end of its range to the other"
 _THREE = "is several ops in one call; write"
 register(

@@ -38,7 +38,6 @@ MOVEMENTS: dict[str, tuple[str, ...]] = {
     "flip": ("flip", "fliplr", "flipud"),
     "rot90": ("rot90",),
     "gather": ("gather", "take_along_dim", "take"),
-    "masked_select": ("masked_select",),
     "pixel_shuffle": ("pixel_shuffle",),
     "pixel_unshuffle": ("pixel_unshuffle",),
     "channel_shuffle": ("channel_shuffle", "native_channel_shuffle"),
@@ -51,6 +50,25 @@ class MovementOp(Op):
     """Rearranges values; has no site."""
 
     has_site = False
+
+
+class MaskedSelectOp(MovementOp):
+    """``masked_select``, whose result has as many values as the mask says."""
+
+    def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Select where values can be read.
+
+        Raises:
+            UnsupportedError: In an export, whose shapes are fixed.
+        """
+        tag = tag_of(args[0] if args else kwargs["input"])
+        if tag is not None and torch.compiler.is_exporting():
+            msg = (
+                f"`{tag.site}`: masked_select behind it cannot be exported because the size of its "
+                "result depends on values. Use torch.where, which keeps the shape."
+            )
+            raise UnsupportedError(msg)
+        return super().move(func, args, kwargs)
 
 
 # --- diagonals --------------------------------------------------------------------------------
@@ -114,7 +132,8 @@ def unfolded_image(
         to_tuple(value, 2) for value in (kernel_size, dilation, padding, stride)
     )
     image = input if input.dim() == 4 else input.unsqueeze(0)
-    image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]))
+    if any(pad):
+        image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]))
     sizes = image.shape[2:]
     geometry = zip(sizes, spread, kernel, step, strict=True)
     counts = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in geometry]
@@ -193,6 +212,7 @@ def _require_to_hold(dtype: torch.dtype, tag: Tag) -> None:
 
 for _kind, _names in MOVEMENTS.items():
     register(MovementOp(_kind), *_names, properties=PROPERTIES.get(_kind, ()))
+register(MaskedSelectOp("masked_select"))
 register(DiagonalOp("diagonal"))
 register(UnfoldOp("unfold"))
 # By their objects: under these names torch has dtypes and modules too.

@@ -92,7 +92,7 @@ def as_factor(value: Any, output: Quantizer) -> Any:
     """Return a number as a constant of the output's width, tensors as they are.
 
     The step is the finest power of two, not below ``2^-30``, at which the number fits. The constant
-    is then off by at most half a step, ``2^(1 - bits)`` of the number.
+    is off by at most half a step: of the number, one part in ``2^(bits - 1) - 1``.
     """
     if isinstance(value, Tensor):
         return value

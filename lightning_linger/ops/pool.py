@@ -465,5 +465,6 @@ def _own(tag: Tag, site: Site) -> Tag:
 for _dims in (1, 2, 3):
     register(AvgPoolOp(f"avg_pool{_dims}d", _dims, adaptive=False))
     register(AvgPoolOp(f"adaptive_avg_pool{_dims}d", _dims, adaptive=True))
-    register(MaxPoolOp(f"max_pool{_dims}d", _dims))
+    _kind = f"max_pool{_dims}d"
+    register(MaxPoolOp(_kind, _dims), _kind, f"{_kind}_with_indices")
 register(MeanOp("mean"))

@@ -37,6 +37,11 @@ LOG_POINTS = 10
 # Fraction bits of those points.
 LOG_FRACTION = 40
 
+# Entries of a table that are computed one by one, in bits; all others are products of two.
+_ROW_BITS = 8
+# exp(-22) * 2^30 rounds to 0.
+_VANISHED = 22.0
+
 # Decimal arithmetic is the same everywhere, unlike a machine's `exp` and `log`.
 _DIGITS = decimal.Context(prec=60, rounding=decimal.ROUND_HALF_EVEN)
 
@@ -68,6 +73,9 @@ class LogSumExpCall(NamedTuple):
 def exponentials(scale: float, bits: int) -> NDArray[np.int64]:
     """Return ``round(exp(-d * scale) * 2^30)`` for the distances ``d`` between two codes.
 
+    Up to 8 bits the roundings are those of the exact numbers. Beyond, an entry is the product of
+    two numbers in Q62, which differs next to ties (closer than 2^-29) at most.
+
     Args:
         scale: Step of the codes.
         bits: Width of the codes.
@@ -76,19 +84,38 @@ def exponentials(scale: float, bits: int) -> NDArray[np.int64]:
         ``[n]`` whole numbers. The last is 0, and so are those of all greater distances; or ``n`` is
         ``2^bits``, the number of distances.
     """
+    powers = _powers(scale, 1 << min(bits, _ROW_BITS))
+    if bits > _ROW_BITS:
+        row = scale * (1 << _ROW_BITS)
+        rows = _powers(row, min(1 << (bits - _ROW_BITS), int(_VANISHED / row) + 2))
+        powers = _product(rows[:, None], powers).ravel()
+    table: NDArray[np.int64] = (powers + (1 << (61 - FRACTION))) >> (62 - FRACTION)
+    vanished = np.flatnonzero(table == 0)
+    if len(vanished):
+        table = table[: vanished[0] + 1].copy()
+    table.setflags(write=False)
+    return table
+
+
+def _powers(scale: float, count: int) -> NDArray[np.int64]:
+    """Return ``exp(-d * scale)`` for the first ``d``, in Q62."""
     fraction = 128
     with decimal.localcontext(_DIGITS):
         ratio = int((-decimal.Decimal(scale)).exp() * (1 << fraction))
-    entries: list[int] = []
-    power, surplus = 1 << fraction, fraction - FRACTION
-    while len(entries) < 1 << bits:
-        entries.append((power + (1 << (surplus - 1))) >> surplus)
-        if entries[-1] == 0:
-            break
+    powers, power = [], 1 << fraction
+    for _ in range(count):
+        powers.append((power + (1 << (fraction - 63))) >> (fraction - 62))
         power = power * ratio >> fraction
-    table = np.array(entries, np.int64)
-    table.setflags(write=False)
-    return table
+    return np.array(powers, np.int64)
+
+
+def _product(x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Multiply Q62 numbers from 0 to 1, rounding down, in halves of 31 bits."""
+    half, mask = 31, (1 << 31) - 1
+    x1, x0, y1, y0 = x >> half, x & mask, y >> half, y & mask
+    middle = x1 * y0 + x0 * y1 + (x0 * y0 >> half)
+    product: NDArray[np.int64] = x1 * y1 + (middle >> half)
+    return product
 
 
 @functools.cache

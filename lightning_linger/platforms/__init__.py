@@ -23,7 +23,6 @@ _LUNA_UNSUPPORTED = {
     "clamp": _NO_CLIP,
     "clamp_max": _NO_CLIP,
     "conv3d": _NO_3D,
-    "conv_transpose1d": "a two-dimensional transposed convolution with height 1",
     "conv_transpose3d": _NO_3D,
     "avg_pool3d": _NO_3D,
     "max_pool3d": _NO_3D,

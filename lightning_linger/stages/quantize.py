@@ -18,7 +18,7 @@ from lightning_linger.core.quantizer import Quantizer, Window
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
-from lightning_linger.ops.activation import ClampOp, window_of
+from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_of
 from lightning_linger.ops.norm import BatchNormOp
 from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.platforms import platform_of
@@ -319,7 +319,7 @@ class _Planner:
         if isinstance(clamp.op, ClampOp) and clamp.quantized:
             call = clamp.op.bind(*follower.args, **_without_inplace(follower.kwargs))
             window = window_of(call)
-            if window.low <= 0.0 <= window.high:
+            if window.low <= 0.0 <= window.high and not has_tensor_bounds(call):
                 quantizer.window = quantizer.window & window
                 clamp.merged = True
 

@@ -359,8 +359,10 @@ IN_OTHER_WORDS = {
     "factor_of_rows": (
         lambda m, x: m.conv(x).flatten(2) * m.conv(x).flatten(2).mean(2, keepdim=True),
         {},
-        [*MANY_STEPS, "QConv2d", *("Reshape", "QCat", "QAvgPool2d", "Slice"), "Reshape"]
-        + ["Reshape", "QMul", "Reshape"],
+        [
+            *(*MANY_STEPS, "QConv2d", "Reshape", "QCat", "QAvgPool2d", "Slice"),
+            *("Reshape", "Reshape", "QMul", "Reshape"),
+        ],
     ),
     "gate_in_front": (
         lambda m, x: F.max_pool2d(m.conv(x), 6) * (m.conv(x) * 4),

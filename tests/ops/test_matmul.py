@@ -176,29 +176,23 @@ def test_einsum_that_is_no_product(equation, x, y, reason):
     assert reason in found
 
 
+BATCHED = ("bqhd,bkhd->bhqk", "bhqk, bkhd -> bqhd", "ij,ij->i", "abc,cab->ba")
+# the equation, both shapes, whether the weight stands first
 WEIGHTED = [
-    *(
-        (equation, x, y)
-        for equation, x, y in EQUATIONS
-        if equation
-        not in ("bqhd,bkhd->bhqk", "bhqk, bkhd -> bqhd", "ij,ij->i", "i,i->", "...ij,...jk->...ik")
-    ),
-    ("x@y", (2, 3), (3, 4)),
-    ("x@y", (2, 5, 3), (3, 4)),
-    ("x@y", (3,), (3, 4)),
-    ("x@y", (2, 5, 3), (3,)),
-    ("x@y", (3,), (3,)),
+    *((e, x, y, first) for e, x, y in EQUATIONS if e not in BATCHED for first in (False, True)),
+    *(("", x, y, False) for x, y in SHAPES if len(y) <= 2),
+    *(("", x, y, True) for x, y in SHAPES if len(x) <= 2),
+    ("", (4, 3), (2, 3, 5), True),
+    ("", (3,), (2, 3, 5), True),
 ]
+WEIGHTED = [row for row in WEIGHTED if row[0] != "...ij,...jk->...ik"]
 
 
-@pytest.mark.parametrize(("equation", "x", "y"), WEIGHTED)
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("equation", "x", "y", "first"), WEIGHTED)
 def test_a_weight_on_either_side_equals_torch(equation, x, y, first):
     """On whole numbers again; the weight is a parameter."""
-    if equation == "x@y":
-        run, key = torch.matmul, "/matmul/0"
-        x, y = (y[::-1], x[::-1]) if first else (x, y)
-    else:
+    run, key = torch.matmul, "/matmul/0"
+    if equation:
         run, key = (lambda a, b: torch.einsum(equation, a, b)), "/einsum/0"
     a, b = torch.randint(-4, 5, x).float(), torch.randint(-4, 5, y).float()
     if first:

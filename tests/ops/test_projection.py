@@ -3,15 +3,18 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
+from lightning_linger.core.integer import code_limits
 from lightning_linger.core.tags import Tag, with_tag
+from lightning_linger.ops.kernel import Target
 from lightning_linger.ops.projection import Projection
-from tests.models import assert_integer_exact, site_of, train
+from tests.models import Lambda, assert_integer_exact, site_of, train
 
 
 def attention(**fields) -> tuple:
@@ -45,7 +48,7 @@ def test_codes_like_integers(platform, bits, granularity):
     for row in range(6):
         step = Fraction(codes.steps[row % len(codes.steps)])
         for column in range(6):
-            weight = Fraction(float(model.in_proj_weight[row, column]))
+            weight = Fraction(float(model.in_proj_weight.detach()[row, column]))
             # A free step divides in float32: next to a tie either neighbour is right.
             if platform == "venusa":
                 code = max(grid.qmin, min(grid.qmax, nearest(weight / step, rounding)))
@@ -53,7 +56,7 @@ def test_codes_like_integers(platform, bits, granularity):
             assert abs(int(codes.weight[row, column]) - weight / step) <= Fraction(501, 1000) or (
                 int(codes.weight[row, column]) == grid.qmax
             )
-        bias = Fraction(float(model.in_proj_bias[row])) / (step * Fraction(scale_x))
+        bias = Fraction(float(model.in_proj_bias.detach()[row])) / (step * Fraction(scale_x))
         assert abs(int(codes.bias[row]) - bias) <= Fraction(501, 1000)
     rows = codes.weight.long().abs().sum(1) * 128 + codes.bias.long().abs()
     assert codes.bound == int(rows.max())
@@ -138,13 +141,19 @@ def test_run_equals_integer_arithmetic(features):
         assert int(found[0, row]) == max(-128, min(127, math.floor(exact + Fraction(1, 2))))
 
 
-def test_a_wide_accumulator_beside_a_half_is_exact():
-    """Odd sums between 2^23 and 2^24: rounding adds a half that float32 has no room for."""
-    layer = nn.Linear(1000, 1, bias=False)
-    layer.weight.data.fill_(1.0)
-    layer.weight.data[0, 0] = 127 / 128
-    model = nn.Sequential(layer)
-    x = torch.full((2, 1000), -1.0)
+@pytest.mark.parametrize("is_layer", [True, False])
+@pytest.mark.parametrize("features", [1000, 3000])
+def test_a_wide_accumulator_is_exact(features, is_layer):
+    """Odd sums above 2^24, and from 2^23 on, where a half on top has no room in float32."""
+    weight = torch.ones(1, features)
+    weight[0, 0] = 127 / 128
+    if is_layer:
+        model, key, name = nn.Linear(features, 1, bias=False), "/linear/0", "weights"
+        model.weight.data.copy_(weight)
+    else:
+        model = Lambda(lambda self, x: x @ self.own, own=nn.Parameter(weight.t().contiguous()))
+        key, name = "/matmul/0", "projection weight"
+    x = torch.full((2, features), -1.0)
     x[1, 0] = -127 / 128
     linger.prepare(model, (x,))
     linger.quantize(model, QuantConfig(output_bits=32))
@@ -152,11 +161,27 @@ def test_a_wide_accumulator_beside_a_half_is_exact():
     model.eval()
     with torch.no_grad(), linger.integer(model):
         found = model(x)
-    site = site_of(model, "0/linear/0")
-    codes = site.prepared["weights"].codes[0].tolist()
+    site = site_of(model, key)
+    prepared = site.prepared[name]
+    codes = prepared.codes if is_layer else prepared.codes.weight
+    steps = prepared.steps if is_layer else prepared.codes.steps
     step_x = float(site.inputs["0"].step())
-    step = step_x * site.prepared["weights"].steps[0]
     for row, result in zip(x, found, strict=True):
-        acc = sum(round(float(v) / step_x) * w for v, w in zip(row, codes, strict=True))
+        parts = zip(row, codes[0].tolist(), strict=True)
+        acc = sum(round(float(v) / step_x) * w for v, w in parts)
         assert abs(acc) > 2**23
-        assert float(result) == acc * step
+        assert float(result) == float(np.float32(acc * step_x * steps[0]))
+    assert_integer_exact(model, x)
+
+
+@pytest.mark.parametrize("features", [100, 900, 1100])
+def test_float32_is_used_while_it_is_exact(features):
+    _, site, _ = attention()
+    own = Projection(f"own {features}", torch.full((1, features), 1.0))
+    codes = own.codes(site, 0.5, 8)
+    assert codes.bound == features * 127 * 128
+    assert codes.exact_in_float32(site) == (codes.bound < 2**24)
+    wide = Target(codes.product, 32, *code_limits(32))
+    assert codes.exact_in_float32(site, wide) == (codes.bound < 2**23)
+    coarse = Target(codes.product * 2.0**10, 8, *code_limits(8))
+    assert codes.exact_in_float32(site, coarse) == (codes.bound + 2**17 < 2**24)

@@ -4,6 +4,7 @@ import itertools
 from fractions import Fraction
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,3 +258,27 @@ def test_indices_that_nobody_reads_are_not_exported(tmp_path):
     ops = [node.op_type for node in onnx.load(path).graph.node]
     assert "MaxPool" in ops
     assert "ArgMax" not in ops
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_equal_codes_have_equal_places_in_onnxruntime(optimized, tmp_path):
+    x = torch.randn(50, 8)
+
+    def function(y):
+        places = (y.argmax(-1), y.argmin(0), y.max(-1).indices, y.min(0, keepdim=True).indices)
+        order = (*y.topk(5), *y.topk(3, largest=False), *y.sort(), *y.sort(0, descending=True))
+        return (*places, *order)
+
+    fields = {"activation_bits": 2, "output_bits": 2, "scale": "power_of_two"}
+    model = quantized(one(function, 8), x, "onnxruntime", **fields)
+    path = tmp_path / "model.onnx"
+    export_onnx(model, (x,), path, "qdq")
+    options = ort.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    _, expected = both(model, x)
+    assert len(found) == len(expected)
+    for mine, reference in zip(found, expected, strict=True):
+        assert torch.equal(torch.from_numpy(mine), reference)

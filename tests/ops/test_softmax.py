@@ -16,8 +16,10 @@ from torch import nn
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
+from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.integer import code_limits, payload_dtype
+from lightning_linger.export import export_onnx
 from lightning_linger.ops import luna
 from lightning_linger.ops.softmax import (
     FRACTION,
@@ -400,6 +402,20 @@ def test_a_single_number_stays_float():
     linger.prepare(model, (x,))
     linger.quantize(model, QuantConfig(platform="venusa"))
     assert site_of(model, "softmax").why_float == "a softmax of a single number is always 1"
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "reason"),
+    [
+        (lambda y: y.repeat(1, 342).softmax(-1), (2, 6), "the engine takes up to 2048"),
+        (lambda y: (y * 300).softmax(-1), (2, 6), "32-bit numbers in Q25"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused(function, shape, reason, tmp_path):
+    x = torch.randn(shape)
+    model = quantized(function, x).eval()
+    with pytest.raises(UnsupportedError, match=reason):
+        export_onnx(model, (x,), tmp_path / "model.onnx", "linger")
 
 
 def test_no_gradient_where_the_largest_code_saturates():

@@ -125,7 +125,7 @@ def _mul(builder: Builder, call: Call) -> ir.Value:
     if planes is None:
         value = builder.node("QMul", [x, y], attributes, domain=DOMAIN)
         return window(builder, value, call.low, call.high, call.bits_o)
-    inputs = [reshape(builder, v, p, f"plane{i}") for i, (v, p) in enumerate(zip((x, y), planes))]
+    inputs = [reshape(builder, x, planes[0], "maps"), reshape(builder, y, planes[1], "factors")]
     value = builder.node("QMul", inputs, attributes, domain=DOMAIN, shape=planes[0])
     value = window(builder, value, call.low, call.high, call.bits_o)
     return reshape(builder, value, shape, "shape")

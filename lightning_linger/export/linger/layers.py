@@ -62,9 +62,7 @@ def add_layer(
         op_type, inputs, attributes, domain=DOMAIN, dtype=ir.DataType.INT32, shape=shape
     )
     scale = {"scale_o": attributes["scale_o"]}
-    return builder.node(
-        "Dequant", [codes], scale, domain=DOMAIN, suffix="dequantize", shape=shape
-    )
+    return builder.node("Dequant", [codes], scale, domain=DOMAIN, suffix="dequantize", shape=shape)
 
 
 def _bias(builder: Builder, call: Call) -> ir.Value | None:
@@ -120,9 +118,9 @@ def _conv_on_plane(
     """Write a one-dimensional convolution as one of maps with a height of 1."""
     neutral = {"kernel_shape": 1, "strides": 1, "dilations": 1, "output_padding": 0}
     on_plane = dict(geometry)
-    for name, value in neutral.items():
+    for name, number in neutral.items():
         if name in geometry:
-            on_plane[name] = [value, *geometry[name]]
+            on_plane[name] = [number, *geometry[name]]
     before, after = geometry["pads"]
     on_plane["pads"] = [0, before, 0, after]
     kernel = _codes_of(call, weight)
@@ -137,9 +135,7 @@ def _conv_on_plane(
     return reshape(builder, value, shape, "row")
 
 
-def _without_padding(
-    builder: Builder, call: Call, pads: list[int]
-) -> tuple[ir.Value, list[int]]:
+def _without_padding(builder: Builder, call: Call, pads: list[int]) -> tuple[ir.Value, list[int]]:
     """Take zeros that are padded before a convolution into its own pads: the engine has no Pad."""
     source: ir.Value = call.x
     quant, pad = None, source.producer()

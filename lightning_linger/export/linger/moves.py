@@ -64,6 +64,11 @@ class Mover:
             return x
         return self._node("Reshape", [x, self.numbers(shape)], {}, shape, x)
 
+    def copy(self, x: ir.Value) -> ir.Value:
+        """Give a value a second name."""
+        shape = shape_of(x)
+        return self._node("Reshape", [x, self.numbers(shape)], {}, shape, x)
+
     def slice(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         """Cut one run out of an axis."""
         shape = shape_of(x)

@@ -162,7 +162,7 @@ def _repeats(call: Call, shape: list[int], attributes: Mapping[str, Any]) -> int
     32-bit number per channel.
     """
     kernel, pads = attributes["kernel_shape"], attributes["pads"]
-    count = math.prod(kernel)
+    count: int = math.prod(kernel)
     whole = [size + pads[i] + pads[i + 2] for i, size in enumerate(shape[2:])] == kernel
     roomy = call.target is not None and call.target.engine_name == "venus"
     if roomy or not whole or count & (count - 1) == 0:

@@ -29,15 +29,16 @@ def rearrange(graph: ir.Graph) -> None:
             continue
         if source.const_value is not None:  # a table
             continue
-        moved = rule(Mover(graph, node), node)
+        mover = Mover(graph, node)
+        moved = rule(mover, node)
+        if moved is source and node.outputs[0].is_graph_output():
+            moved = mover.copy(source)
         if moved is not None:
             _take_over(graph, node, moved)
 
 
 def _take_over(graph: ir.Graph, node: ir.Node, moved: ir.Value) -> None:
     output = node.outputs[0]
-    if moved is node.inputs[0] and output.is_graph_output():
-        return
     name = output.name
     replace_value(graph, output, moved)
     graph.remove(node, safe=True)

@@ -100,12 +100,11 @@ def _softmax(builder: Builder, call: Call) -> ir.Value:
 
 def _log_softmax(builder: Builder, call: Call) -> ir.Value:
     if call.target is not None and call.target.curves != "venus":
-        name = call.target.engine_name
         refuse_because(
             call,
             "log_softmax",
-            f"no kernel of {name} for it is known",
-            "Leave it out of the deployed model (the largest logit has the largest logarithm)",
+            f"no kernel of {call.target.engine_name} for it is known exactly",
+            "Leave it out of the deployed model (the largest value has the largest logarithm)",
         )
     return _along_last_axis(builder, call, "LogSoftmaxInt")
 

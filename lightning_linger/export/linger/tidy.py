@@ -9,6 +9,7 @@ from onnxscript import ir
 
 from lightning_linger.export.dialect import shape_of
 from lightning_linger.export.linger.rearrange import rearrange
+from lightning_linger.export.linger.scales import agree
 from lightning_linger.export.linger.schema import DOMAIN
 from lightning_linger.export.lowering import merge_duplicates, replace_value
 
@@ -24,7 +25,7 @@ _MOVEMENTS = (
 
 
 def tidy(graph: ir.Graph) -> None:
-    """Merge what several consumers asked for alike, and simplify movements of codes."""
+    """Merge what several consumers asked for alike, simplify movements, and agree about scales."""
     for node in list(graph):
         if node.op_type == "Quant" and node.domain == DOMAIN:
             _quantize_early(graph, node)
@@ -34,6 +35,7 @@ def tidy(graph: ir.Graph) -> None:
         rewrite = _REWRITES.get(node.op_type) if node.domain == "" else None
         if rewrite is not None and node.inputs[0] is not None and node.inputs[0].dtype in _INTEGERS:
             rewrite(graph, node)
+    agree(graph)
 
 
 def _quantize_early(graph: ir.Graph, quant: ir.Node) -> None:

@@ -18,7 +18,8 @@ def _div(w: Writer) -> ir.Value:
     x, y = _operand(s, call.x, "x"), _operand(s, call.y, "y")
     ratio = s.number("ratio", div_ratio(call.scale_x, call.scale_y, call.scale_o))
     zero = s.add("zero", "Equal", [y, s.number("nothing", 0.0)], dtype=BOOL)
-    divisor = s.add("divisor", "Where", [zero, s.number("tiny", ZERO_DIVISOR), y], shape_of(y))
+    tiny = s.number("tiny", ZERO_DIVISOR)
+    divisor = s.add("divisor", "Where", [zero, tiny, y], shape_of(y), DOUBLE)
     scaled = s.add("scaled", "Mul", [x, ratio])
     quotient = s.add("quotient", "Div", [scaled, divisor], shape_of(call.result), DOUBLE)
     limits = [

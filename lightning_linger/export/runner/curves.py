@@ -28,7 +28,7 @@ def _curve(function: str, bounded: bool) -> Callable[[Step], Array]:
             function,
             scale_x,
             scale_o,
-            step.bits("x_bits"),
+            8 * x.element_size(),
             bits_o,
             *code_limits(bits_o),
             step.platform,
@@ -39,13 +39,13 @@ def _curve(function: str, bounded: bool) -> Callable[[Step], Array]:
 
 
 def _glu(step: Step) -> Array:
-    bits_o = step.bits("o_bits")
+    x, bits_o = step.codes(0), step.bits("o_bits")
     y = integer_glu(
-        step.codes(0),
+        x,
         int(step.get("axis")),
         step.step("scale_x"),
         step.step("scale_o"),
-        step.bits("x_bits"),
+        8 * x.element_size(),
         bits_o,
         *code_limits(bits_o),
         step.platform,

@@ -235,6 +235,8 @@ class Product:
         bits_w: Width of the weight.
         unit: Step of the result.
         rounding: Rounding rule.
+        bounded: Whether operands stay within their width; in training, behind a dropout, they need
+            not.
     """
 
     def __init__(
@@ -247,6 +249,7 @@ class Product:
         bits_w: int,
         unit: float,
         rounding: str,
+        bounded: bool = True,
     ) -> None:
         self._round = ROUNDINGS[rounding]
         codes = weight.double()
@@ -257,7 +260,7 @@ class Product:
         offset = codes.new_zeros(len(codes)) if bias is None else bias.double()
         bound = bound + offset.abs()
         largest, reach = torch.stack([bound.max(), (bound * ratios).max()]).tolist()
-        self._reach = reach
+        self._reach = reach if bounded else math.inf
         precise = torch.get_float32_matmul_precision() == "highest"
         exact = largest < EXACT_FLOAT32 and (precise or max(bits_x, bits_w) <= 8)
         self.dtype = torch.float32 if exact else torch.float64

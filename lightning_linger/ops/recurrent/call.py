@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# kind -> the kind of its cell arithmetic; `rnn_tanh_cell` is one step of `rnn_tanh`.
+# Each has a cell too, which is one step of it.
 LAYERS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 _PADDED = (

@@ -132,7 +132,12 @@ class Cell:
         self.gate_bits = self.formats.gate_bits
         self.size = len(weights.ih) // GATES[self.kind]
         self.input = self._product(
-            weights.ih, weights.bias_ih, numbers.scale_x, weights.scale_ih, numbers.bits_x
+            weights.ih,
+            weights.bias_ih,
+            numbers.scale_x,
+            weights.scale_ih,
+            numbers.bits_x,
+            bounded=trace is None,
         )
         self.recurrent = self._product(
             weights.hh, weights.bias_hh, self.hidden.scale, weights.scale_hh, numbers.bits_h
@@ -145,6 +150,7 @@ class Cell:
         scale_x: float,
         scale_w: Sequence[float],
         bits_x: int,
+        bounded: bool = True,
     ) -> Product:
         return Product(
             weight,
@@ -155,6 +161,7 @@ class Cell:
             self.weights.bits,
             self.unit,
             self.hidden.rounding,
+            bounded,
         )
 
     @property

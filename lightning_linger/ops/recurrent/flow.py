@@ -458,11 +458,11 @@ class RealFlow(Flow):
                 ih.weight, hh.weight, ih.bias, hh.bias, None if hr is None else hr.weight
             )
             y, after = run_layer(run, rows, states, parameters)
-            assert run.range is not None  # the forward has filled it
-            ranges += [*run.range, *torch.aminmax(self._initial(direction))]
+            if run.range is not None:
+                ranges += [*run.range, *torch.aminmax(self._initial(direction))]
             y = from_rows(y, self.call.batch_first, self.sizes, len(sizes))
             passed.append(Passed(y, after))
-        if site.learning and not seen:
+        if site.learning and not seen and ranges:
             quantizer.observe(torch.stack(ranges), self._cap(quantizer))
         return grid, passed
 
@@ -486,8 +486,10 @@ class RealFlow(Flow):
                     direction.reverse,
                     self.fused,
                 )
-                found += [*torch.aminmax(y), *torch.aminmax(self._initial(direction))]
-        quantizer.observe(torch.stack(found), self._cap(quantizer))
+                if y.numel():
+                    found += [*torch.aminmax(y), *torch.aminmax(self._initial(direction))]
+        if found:
+            quantizer.observe(torch.stack(found), self._cap(quantizer))
 
     def _initial(self, direction: Direction) -> Tensor:
         """Return the real values of an initial hidden state."""

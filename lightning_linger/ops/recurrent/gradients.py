@@ -20,7 +20,6 @@ from lightning_linger.ops.recurrent.cells import (
     CELLS,
     GATES,
     Numbers,
-    Trace,
     Weights,
     run_cell,
     trace_of,
@@ -128,14 +127,19 @@ class _Recurrence(torch.autograd.Function):
             layer.reverse,
             layer.fused,
         )
-        layer.range = torch.aminmax(trace.values["raw"])
+        # Integers have no NaN: what a diverged model holds must not become a finite loss.
+        poison = (rows.sum() + ih.sum() + hh.sum()) * 0.0
+        raw = trace.values["raw"]
+        if raw.numel():
+            low, high = torch.aminmax(raw)
+            layer.range = (low + poison, high + poison)
         ctx.layer = layer
         ctx.needs = [bias_ih is not None, bias_hh is not None, hr is not None]
         ctx.names = list(trace.values)
         ctx.save_for_backward(rows, ih, hh, hr, *trace.values.values())
         steps = (numbers.hidden.scale, *[CELL_STEP] * len(others))
         return (
-            outputs.to(rows.dtype) * numbers.hidden.scale,
+            torch.add(poison, outputs.to(rows.dtype), alpha=numbers.hidden.scale),
             *(x.to(rows.dtype) * step for x, step in zip(after, steps, strict=True)),
         )
 
@@ -340,5 +344,3 @@ _BACKWARD: dict[str, type[_Backward]] = {
     "rnn_tanh": _RnnBackward,
     "rnn_relu": _RnnBackward,
 }
-
-__all__ = ["Layer", "Parameters", "Trace", "run_layer"]

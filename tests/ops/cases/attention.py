@@ -147,12 +147,24 @@ CASES = [
     Case(LAYER, "cross", multi_head(lambda m, x, k, v: m(x, k, v), 3, kdim=8, vdim=10), **SELF),
     Case(LAYER, "unbatched", multi_head(lambda m, x: m(x[0], x[0], x[0])), **SELF),
     Case(LAYER, "padded", padded, gradient="finite", refused=COMPUTED),
-    Case(LAYER, "encoder", encoder(), covers=("layer_norm", "add", "relu"), **SELF),
+    Case(
+        LAYER,
+        "encoder",
+        encoder(),
+        covers=("layer_norm", "add", "relu"),
+        refused={**EIGHT_BITS, "venus": "no form of layer_norm", "venus/16": "8 bits"},
+        gradient="finite",
+    ),
     Case(
         LAYER,
         "encoder_norm_first",
         encoder(norm_first=True, activation="gelu"),
         covers=("gelu",),
-        **SELF,
+        refused={
+            "linger/16": "no form of layer_norm",
+            "venus": "no form of layer_norm",
+            "arcs": "no form of gelu",
+        },
+        gradient="finite",
     ),
 ]

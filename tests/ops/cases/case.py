@@ -39,6 +39,8 @@ class Case:
             the op); ``none``: the op has no gradient.
         optimizable: Whether onnxruntime, given power-of-two scales, computes the same integers with
             its optimizations off.
+        why_float: Why the op is not quantized, if it never is: a part of what the summary says.
+            What is around it still is.
         largest: Factor of the second evaluation input, which is to saturate; 1 leaves it away.
     """
 
@@ -50,6 +52,7 @@ class Case:
     refused: Mapping[str, str | None] = field(default_factory=dict)
     gradient: Literal["float", "finite", "none"] = "float"
     optimizable: bool = True
+    why_float: str | None = None
     largest: float = 40.0
 
     @property

@@ -9,6 +9,7 @@ IMAGE, LINE, CUBE, ROW = (3, 4, 8, 8), (3, 4, 12), (2, 4, 5, 6, 4), (6, 4)
 
 
 _NO_3D = {"linger": "no name for a 3-dimensional"}
+_NO_MAXIMUM = {"linger": "maximum"}
 _NO_CEIL = {"linger": "ceil_mode"}
 
 
@@ -42,6 +43,14 @@ CASES = [
     Case("relu6", "scaled", on_convs(lambda a: F.relu6(a * 8))),
     Case("hardtanh", "shared", on_convs(lambda a: F.hardtanh(a) + a)),
     Case("clamp", "numbers", on_convs(lambda a: a.clamp(-0.3, 0.5))),
+    Case(
+        "clamp",
+        "tensors",
+        on_convs(lambda a, b, c: a.clamp(b - 0.5, c + 0.5), 3),
+        refused=_NO_MAXIMUM,
+    ),
+    Case("clamp", "one-tensor", on_convs(lambda a, b: a.clamp(max=b), 2), refused=_NO_MAXIMUM),
+    Case("clamp_min", "tensor", on_convs(lambda a, b: a.clamp_min(b), 2), refused=_NO_MAXIMUM),
     Case("clamp_min", "number", on_convs(lambda a: a.clamp_min(-0.1))),
     Case("clamp_max", "number", on_convs(lambda a: a.clamp_max(0.4))),
     Case("avg_pool2d", "padded", on_convs(lambda a: F.avg_pool2d(a, 3, 2, 1))),

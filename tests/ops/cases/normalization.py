@@ -7,8 +7,11 @@ from torch import nn
 
 from tests.ops.cases import Case, layer, on_convs, on_linears
 
-LAYER = {"linger/16": "computes it in 8 bits", "venus": "16-bit weights"}
-GROUPS = {"linger": "one weight for each place"}
+LAYER = {
+    "linger/16": "the engine computes it in 8 bits",
+    "venus": "venus has a layer norm of its own with 16-bit weights",
+}
+GROUPS = {"linger": "the engine normalizes the last axis"}
 
 
 def affine(make):
@@ -85,7 +88,7 @@ CASES = [
         "rms_norm",
         "affine",
         behind_linear(affine(lambda: nn.RMSNorm(6))),
-        refused={"linger": "takes the mean off"},
+        refused={"linger": "the engine takes the mean off"},
         gradient="finite",
     ),
     Case(

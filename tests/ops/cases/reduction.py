@@ -4,12 +4,12 @@ import torch
 
 from tests.ops.cases import Case, on_convs, on_linears
 
-SUM = {"linger": "adds up the first row only"}
-VAR = {"linger": "does not square"}
-NO_KERNEL = {"linger": "no kernel for it"}
-TWO = {"linger": "no kernel for it", "linger/16": "8-bit codes only"}
-LAST_AXIS = {"linger": "searches the last one", "linger/16": "searches the last one"}
-EIGHT_BITS = {"linger/16": "reads 8 bits"}
+SUM = {"linger": "the engine's own one adds up the first row only"}
+VAR = {"linger": "the engine's own one does not square the values it sums"}
+NO_KERNEL = {"linger": "the engine has no kernel for it"}
+TWO = {**NO_KERNEL, "linger/16": "the engine changes the step of 8-bit codes only"}
+LAST_AXIS = {"linger": "the engine searches the last one"}
+EIGHT_BITS = {"linger/16": "the engine reads 8 bits"}
 
 CASES = [
     Case("sum", "maps", on_convs(lambda a: a.sum((2, 3))), refused=SUM),

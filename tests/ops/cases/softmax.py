@@ -5,11 +5,13 @@ from torch.nn import functional as F
 
 from tests.ops.cases import Case, on_convs, on_linears
 
-EIGHT_BITS = {"linger/16": "takes and gives 8 bits"}
-NO_KERNEL = {"linger": "no kernel for it"}
-# venus computes the logarithm of a rounded probability, far from the real function's gradient
-# where that is 0; elsewhere there is no engine kernel.
-LOG = {"linger": "no kernel of", "venus": None, "venus/16": "takes and gives 8 bits"}
+EIGHT_BITS = {"linger/16": "the engine's kernel takes and gives 8 bits"}
+NO_KERNEL = {"linger": "the engine has no kernel for it"}
+LOG = {
+    "linger": "for it is known exactly",
+    "venus": None,
+    "venus/16": "the engine's kernel takes and gives 8 bits",
+}
 
 CASES = [
     Case("softmax", "last", on_linears(lambda a: a.softmax(-1)), refused=EIGHT_BITS),
