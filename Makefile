@@ -10,7 +10,7 @@ PACKER_STAMP := $(PACKER_VENV)/.installed
 PYTESTARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-thinker thinker-env lint bench docs clean
+.PHONY: help demo test test-all test-thinker thinker-env lint bench docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,11 @@ demo: $(STAMP) ## Train, quantize and export a digit classifier
 
 # One thread per worker, and none of them spinning while it waits.
 test: $(STAMP) ## Run the tests in parallel, with coverage
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
+	    --ignore=tests/thinker -m "not slow" $(PYTESTARGS)
+
+test-all: $(STAMP) ## Run the slow tests too: every op on every platform, at every width
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
 	    --ignore=tests/thinker $(PYTESTARGS)
