@@ -35,12 +35,12 @@ demo: $(STAMP) ## Train, quantize and export a digit classifier
 	$(BIN)/python examples/digits.py
 
 # One thread per worker, and none of them spinning while it waits.
-test: $(STAMP) ## Run the tests in parallel, with coverage
+test: $(STAMP) ## Run the tests in parallel
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal \
 	    --ignore=tests/thinker -m "not slow" $(PYTESTARGS)
 
-test-all: $(STAMP) ## Run the slow tests too: every op on every platform, at every width
+test-all: $(STAMP) ## Run the slow tests too (every form of every op), with coverage
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
 	    --ignore=tests/thinker $(PYTESTARGS)

@@ -63,11 +63,14 @@ MORE_EXPORTS: list[Target] = [
 # What a refusal has to say beside the site and the reason.
 REMEDY = re.compile(r"\b(Use|Leave|Write|Pad|Export|Quantize|Give|Do|Set|Keep|overrides|strict)\b")
 
-# Recording a graph takes longer than all else, so each kind is exported once in a quick run.
+# A quick run takes one form of each kind, the first of its cases.
 FIRST = [case for case in ALL if case is next(c for c in ALL if c.kind == case.kind)]
-OTHERS = [case for case in ALL if case not in FIRST]
 
-each_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
+each_case = pytest.mark.parametrize(
+    "case",
+    [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in ALL],
+    ids=lambda case: case.id,
+)
 
 
 def prepared(
@@ -416,15 +419,8 @@ def integer_results(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("target", EXPORTS, ids=lambda target: f"{target[0]}-{target[2]}")
-@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.id)
+@each_case
 def test_export(case: Case, target: Target, tmp_path: Any) -> None:
-    assert_exports_or_refuses(case, target, tmp_path / "model.onnx")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", EXPORTS, ids=lambda target: f"{target[0]}-{target[2]}")
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.id)
-def test_export_of_other_forms(case: Case, target: Target, tmp_path: Any) -> None:
     assert_exports_or_refuses(case, target, tmp_path / "model.onnx")
 
 
