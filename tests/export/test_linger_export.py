@@ -190,11 +190,6 @@ CASES = {
         {"layer": nn.Conv2d(4, 4, 3)},
         [*MANY_STEPS, "Pad", "QConv2d", "Dequant"],
     ),
-    "reflect_pad": (
-        lambda m, x: m.layer(F.pad(m.conv(x), (1, 1, 1, 1), mode="reflect")),
-        {"layer": nn.Conv2d(4, 4, 3)},
-        [*MANY_STEPS, "Pad", "QConv2d", "Dequant"],
-    ),
     "add_number": (lambda m, x: m.conv(x) + 0.3, {}, [*MANY_STEPS, "QConv2d", "Dequant"]),
     "number_minus": (lambda m, x: 1 - m.conv(x), {}, [*MANY_STEPS, "QSub", "Dequant"]),
     "times_number": (lambda m, x: m.conv(x) * 0.3, {}, [*MANY_STEPS, "QMul", "Dequant"]),
@@ -373,11 +368,6 @@ IN_OTHER_WORDS = {
         lambda m, x: m.conv(x).transpose(1, 2),
         {},
         [*MANY_STEPS, "Reshape", "Transpose", "Reshape"],
-    ),
-    "one_of_turned_dimensions": (
-        lambda m, x: m.conv(x).transpose(1, 3),
-        {},
-        [*MANY_STEPS, "Reshape", "Transpose", "Transpose", "Reshape"],
     ),
     "a_clamp_that_does_nothing": (
         lambda m, x: F.hardtanh(F.max_pool2d(m.conv(x), 2), -99.0, 99.0),
