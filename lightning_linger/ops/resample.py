@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_linger.core.fake_quantize import fake_quantize
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
+from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import tag_of, with_tag
@@ -222,6 +224,12 @@ class InterpolateOp(Op):
 
         def real() -> Tensor:
             return F.interpolate(x, **call.arguments)
+
+        if site.training:  # at most a code away from the kernel, which takes several times as long
+            usable = readable(tag.step, x)
+            return with_tag(
+                fake_quantize(real(), usable, *code_limits(tag.bits), site.rounding), tag
+            )
 
         def kernel(step: float, codes: Tensor) -> Tensor:
             return self._mixed(site, call, codes, tag.bits)

@@ -494,6 +494,54 @@ def test_what_the_engine_cannot_move_says_why() -> None:
         assert_moves_alike([flip], [2, 65], bounds)
 
 
+WRITTEN: dict[str, tuple[Any, list[str]]] = {
+    "reflect": (
+        lambda a: F.pad(a, (1, 1, 0, 2), mode="reflect"),
+        [*["Slice"] * 2, "QCat", *["Slice"] * 2, "QCat"],
+    ),
+    "turned": (
+        lambda a: a.transpose(1, 3),
+        ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"],
+    ),
+    "shuffled": (
+        lambda a: F.channel_shuffle(a, 2),
+        ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"],
+    ),
+    "nearest": (
+        lambda a: F.interpolate(a, scale_factor=2),
+        ["Reshape", "QCat", "Reshape", "QCat", "Reshape"],
+    ),
+    "rolled": (lambda a: a.roll(1, 3), ["Slice", "Slice", "QCat"]),
+    "repeated": (lambda a: a.repeat(1, 2, 1, 1), ["QCat"]),
+    "even": (lambda a: a[..., ::2], ["Reshape", "Slice", "Reshape"]),
+    "moved": (lambda a: a[:1].transpose(0, 1), ["Slice", "Reshape"]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_how_movements_are_written(name: str, tmp_path: Any) -> None:
+    function, expected = WRITTEN[name]
+    x = torch.randn(IMAGE)
+    model = trained(on_conv(lambda a: function(a) * 1), x)
+    proto = onnx.load(linger.export_onnx(model, (x,), tmp_path / "model.onnx", "linger"))
+    around = [node.op_type for node in proto.graph.node]
+    assert around[:2] == ["Quant", "QConv2d"]
+    assert around[-2:] == ["QMul", "Dequant"]
+    assert around[2:-2] == expected
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_shuffle_of_channels_under_its_own_name(groups: int) -> None:
+    """Older exporters write it; reshapes and transposes take its place here."""
+    node = helper.make_node("ShuffleChannel", ["codes"], ["y"], name="mix", groups=groups)
+    node.domain = DOMAIN
+    codes = np.arange(2 * 8 * 3).reshape(2, 8, 3, 1).astype(np.int8)
+    runner = OnnxIntegerRunner(graph_of([node], [2, 8, 3, 1], {}))
+    (found,) = runner.run({"x": codes.astype(np.float32) / 16}).values()
+    wanted = codes.reshape(2, groups, 8 // groups, 3, 1).swapaxes(1, 2).reshape(codes.shape)
+    assert np.array_equal(found, wanted)
+
+
 def test_a_lookup_in_activations_is_refused(tmp_path: Any) -> None:
     x = torch.randn(IMAGE)
     places = torch.tensor([[[[1]], [[0]]]])

@@ -215,6 +215,18 @@ def test_the_gradient_is_that_of_the_float_function() -> None:
     assert torch.equal(found, expected)
 
 
+def test_training_is_at_most_a_code_away() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    model = trained(on_conv(lambda a: F.interpolate(a, scale_factor=1.5, mode="bilinear")), x)
+    exact = model(x)
+    step = tag_of(exact).step
+    site = site_of(model, "/interpolate/0")
+    site.train()
+    apart = ((model(x) - exact) / step).abs()
+    site.eval()
+    assert apart.max() <= 1
+
+
 def test_a_batch_of_its_own_size_runs() -> None:
     """Shapes other than those of the example, as a last batch has them."""
     x = torch.randn(4, 3, 6, 6)

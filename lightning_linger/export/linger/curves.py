@@ -194,16 +194,14 @@ def _slopes(builder: Builder, call: Call) -> ir.Value:
 
 
 def _refuse_table(builder: Builder, call: Call) -> ir.Value:
-    target = call.target
-    narrow = target is not None and call.function not in target.unsupported
-    if narrow and call.function in ("sigmoid", "tanh"):
+    if call.function in ("sigmoid", "tanh"):
         refuse_because(
             call,
-            call.function,
-            f"the engine computes it with 8-bit codes, found {call.bits_x} to {call.bits_o} bits",
+            f"{call.function} from {call.bits_x} to {call.bits_o} bits",
+            "the engine's kernels are for 8-bit codes only",
             "Set activation_bits=8 and output_bits=8 for it",
         )
-    instead = {} if target is None else target.unsupported
+    instead = {} if call.target is None else call.target.unsupported
     advice = instead.get(call.function, "a function that it has")
     refuse_because(call, call.function, "the engine has no such op", f"Use {advice}")
 

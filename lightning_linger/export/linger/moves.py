@@ -104,11 +104,11 @@ class Mover:
     def transpose(self, x: ir.Value, perm: Perm) -> ir.Value:
         """Transpose in any way, as a chain of those that the engine has."""
         legal = _LEGAL if self._engine() == "venusA" else _LEGAL_ELSEWHERE
-        if perm in legal:
-            return self.turn(x, perm)
         shape = shape_of(x)
         target = [shape[d] for d in perm]
         sizes, order = merged_axes(shape, perm)
+        if perm in legal and len(order) > 1:
+            return self.turn(x, perm)
         for i, j, k in swaps(order, (0, 2, 1, 3) in legal):
             blocks = [sizes[:i], sizes[i:j], sizes[j:k], sizes[k:]]
             x = self._swap(x, [math.prod(block) for block in blocks], legal)

@@ -142,6 +142,17 @@ def _resize(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, node, "Reshape", [node.inputs[0], _sizes(graph, node)], {})
 
 
+def _transpose(graph: ir.Graph, node: ir.Node) -> None:
+    """Write a transpose that only moves dimensions of 1 as a reshape.
+
+    The packer does so too, and names what it adds like the node, which is a value's name here.
+    """
+    before, _ = _ends(node)
+    moved = [axis for axis in node.attributes["perm"].as_ints() if before[axis] != 1]
+    if moved == sorted(moved):
+        _resize(graph, node)
+
+
 _REWRITES = {
     "Gather": _gather,
     "Identity": _resize,
@@ -149,6 +160,7 @@ _REWRITES = {
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _resize,
+    "Transpose": _transpose,
     "Unsqueeze": _resize,
 }
 
