@@ -369,6 +369,16 @@ IN_OTHER_WORDS = {
         {},
         [*MANY_STEPS, "Reshape", "Transpose", "Reshape"],
     ),
+    "reflect_pad": (
+        lambda m, x: m.layer(F.pad(m.conv(x), (1, 1, 1, 1), mode="reflect")),
+        {"layer": nn.Conv2d(4, 4, 3)},
+        [*MANY_STEPS, *2 * ["Slice", "Slice", "QCat"], "QConv2d"],
+    ),
+    "one_of_turned_dimensions": (
+        lambda m, x: m.conv(x).transpose(1, 3),
+        {},
+        [*MANY_STEPS, *2 * ["Reshape", "Transpose"], "Reshape"],
+    ),
     "a_clamp_that_does_nothing": (
         lambda m, x: F.hardtanh(F.max_pool2d(m.conv(x), 2), -99.0, 99.0),
         {},

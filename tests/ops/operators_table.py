@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning_linger.ops  # noqa: F401 - fills the op table
 from lightning_linger.core.registry import Op, all_ops
+from lightning_linger.ops.refused import RefusedOp
 from lightning_linger.platforms import PLATFORMS
 from tests.ops.cases import ALL, Case
 
@@ -21,9 +22,9 @@ HEAD = """# Operators
 
 <!-- Written by `python -m tests.ops.operators_table`; the tests compare. -->
 
-Every op below trains at 2 to 16 bits on every platform and has an integer form; the names are what
-`types=` and `overrides={"type:..."}` take. What a model calls and this page does not list stays
-float, and `linger.summary(model)` says so.
+Every op of this table trains at 2 to 16 bits on every platform and has an integer form; the names
+are what `types=` and `overrides={"type:..."}` take. What a model calls and this page does not list
+stays float, and `linger.summary(model)` says so.
 
 - **train = integer**: the fake-quant forward in evaluation equals the integer forward *always* bit
   for bit, or with power-of-two scales (*pow2*): with the free scales of `onnxruntime` a code may
@@ -49,6 +50,8 @@ def page() -> str:
     ]
     notes: dict[str, str] = {}
     for op in all_ops():
+        if isinstance(op, RefusedOp):
+            continue
         own = [case for case in cases[op.kind] if case.kind == op.kind] or cases[op.kind]
         cells = [_cell(op.kind, platform, own) for platform in EXPORTS]
         lines.append(f"| `{op.kind}` | {_exactness(op)} | {' | '.join(cells)} | {_refusals(own)} |")
@@ -58,7 +61,8 @@ def page() -> str:
                 notes[op.kind] = instead
     text = HEAD + "\n".join(lines) + "\n\n## † Use instead\n\n"
     rows = (f"- `{kind}`: {instead}" for kind, instead in sorted(notes.items()))
-    return text + "\n".join(rows) + "\n"
+    refused = [f"- `{op.kind}`: {op.reason}" for op in all_ops() if isinstance(op, RefusedOp)]
+    return text + "\n".join(rows) + "\n\n## What stays float\n\n" + "\n".join(refused) + "\n"
 
 
 def _exactness(op: Op) -> str:

@@ -28,6 +28,7 @@ from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.capture import flat_tensors
 from tests.models import assert_integer_exact, train
+from tests.ops import operators_table
 from tests.ops.cases import ALL, Case
 
 # weight bits, activation bits, output bits
@@ -482,3 +483,7 @@ def test_a_refusal_is_not_taken_for_an_export() -> None:
 
 def _asked() -> list[tuple[str, int]]:
     return [("venusa", 8), ("venus", 8), ("venusa", 16), ("arcs", 16)]
+
+
+def test_the_page_of_operators_is_current() -> None:
+    assert operators_table.PAGE.read_text() == operators_table.page()

@@ -103,7 +103,7 @@ def _log_softmax(builder: Builder, call: Call) -> ir.Value:
         refuse_because(
             call,
             "log_softmax",
-            f"no kernel of {call.target.engine_name} for it is known exactly",
+            f"no kernel of {call.target.engine_name} computes it as far as is known",
             "Leave it out of the deployed model (the largest value has the largest logarithm)",
         )
     return _along_last_axis(builder, call, "LogSoftmaxInt")

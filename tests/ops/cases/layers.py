@@ -8,9 +8,12 @@ from tests.ops.cases import Case, layer, on_convs
 IMAGE, LINE, CUBE, ROW = (3, 4, 8, 8), (3, 4, 12), (2, 4, 5, 6, 4), (6, 4)
 
 
-_NO_3D = {"linger": "no name for a 3-dimensional"}
 _NO_MAXIMUM = {"linger": "maximum"}
 _NO_CEIL = {"linger": "ceil_mode"}
+
+
+def _no_3d(what):
+    return {"linger": f"no name for a 3-dimensional {what}"}
 
 
 def _weighted(kind, name, make, shape, **fields):
@@ -25,19 +28,35 @@ CASES = [
         "conv2d", "reflect", lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), IMAGE
     ),
     _weighted("conv2d", "depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), IMAGE),
-    _weighted("conv3d", "padded", lambda: nn.Conv3d(4, 2, 3, padding=1), CUBE, refused=_NO_3D),
+    _weighted(
+        "conv3d",
+        "padded",
+        lambda: nn.Conv3d(4, 2, 3, padding=1),
+        CUBE,
+        refused=_no_3d("convolution"),
+    ),
     _weighted("conv_transpose1d", "strided", lambda: nn.ConvTranspose1d(4, 6, 4, 2, 1), LINE),
     _weighted(
         "conv_transpose2d", "groups", lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), IMAGE
     ),
     _weighted(
-        "conv_transpose3d", "strided", lambda: nn.ConvTranspose3d(4, 2, 2, 2), CUBE, refused=_NO_3D
+        "conv_transpose3d",
+        "strided",
+        lambda: nn.ConvTranspose3d(4, 2, 2, 2),
+        CUBE,
+        refused=_no_3d("convolution"),
     ),
     _weighted("linear", "rows", lambda: nn.Linear(4, 5), ROW),
     _weighted("linear", "3d", lambda: nn.Linear(12, 5), LINE),
     _weighted("batch_norm", "1d", lambda: nn.BatchNorm1d(4), ROW),
     _weighted("batch_norm", "2d", lambda: nn.BatchNorm2d(4), IMAGE),
-    _weighted("batch_norm", "3d", lambda: nn.BatchNorm3d(4, affine=False), CUBE, refused=_NO_3D),
+    _weighted(
+        "batch_norm",
+        "3d",
+        lambda: nn.BatchNorm3d(4, affine=False),
+        CUBE,
+        refused=_no_3d("batch norm"),
+    ),
     Case("relu", "after-layer", on_convs(F.relu)),
     Case("relu", "after-move", on_convs(lambda a: F.relu(a.flatten(1)))),
     Case("relu6", "scaled", on_convs(lambda a: F.relu6(a * 8))),
@@ -62,10 +81,20 @@ CASES = [
     ),
     Case("avg_pool2d", "divisor", on_convs(lambda a: F.avg_pool2d(a, 2, divisor_override=3))),
     Case("avg_pool1d", "plain", on_convs(lambda a: F.avg_pool1d(a, 3), shape=LINE)),
-    Case("avg_pool3d", "plain", on_convs(lambda a: F.avg_pool3d(a, 2), shape=CUBE), refused=_NO_3D),
+    Case(
+        "avg_pool3d",
+        "plain",
+        on_convs(lambda a: F.avg_pool3d(a, 2), shape=CUBE),
+        refused=_no_3d("convolution"),
+    ),
     Case("max_pool2d", "padded", on_convs(lambda a: F.max_pool2d(a, 3, 2, 1))),
     Case("max_pool1d", "plain", on_convs(lambda a: F.max_pool1d(a, 3), shape=LINE)),
-    Case("max_pool3d", "plain", on_convs(lambda a: F.max_pool3d(a, 2), shape=CUBE), refused=_NO_3D),
+    Case(
+        "max_pool3d",
+        "plain",
+        on_convs(lambda a: F.max_pool3d(a, 2), shape=CUBE),
+        refused=_no_3d("convolution"),
+    ),
     Case(
         "adaptive_avg_pool1d", "four", on_convs(lambda a: F.adaptive_avg_pool1d(a, 4), shape=LINE)
     ),
@@ -74,7 +103,7 @@ CASES = [
         "adaptive_avg_pool3d",
         "one",
         on_convs(lambda a: F.adaptive_avg_pool3d(a, 1), shape=CUBE),
-        refused=_NO_3D,
+        refused=_no_3d("convolution"),
     ),
     Case("mean", "dims", on_convs(lambda a: a.mean((1, 3)))),
 ]

@@ -15,7 +15,7 @@ NARROW = "because the engine computes on 8 bits"
 WIDE = "a change from 16-bit codes"
 GRU = "no form of a GRU because no engine runs one"
 RNN = "no form of a plain RNN because the engine has no such op"
-CELL = "cell because the engine runs whole sequences"
+CELL = "because the engine runs whole sequences"
 PACKED = "a packed sequence cannot be recorded"
 
 

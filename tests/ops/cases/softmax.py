@@ -8,7 +8,7 @@ from tests.ops.cases import Case, on_convs, on_linears
 EIGHT_BITS = {"linger/16": "the engine's kernel takes and gives 8 bits"}
 NO_KERNEL = {"linger": "the engine has no kernel for it"}
 LOG = {
-    "linger": "for it is known exactly",
+    "linger": "computes it as far as is known",
     "venus": None,
     "venus/16": "the engine's kernel takes and gives 8 bits",
 }
