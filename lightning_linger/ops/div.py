@@ -6,7 +6,8 @@ constant of the output's width as in :mod:`lightning_linger.ops.mul`, because th
 have.
 
 Where the divisor's code is 0, the result saturates with the sign of the dividend; 0 / 0 is 0.
-Such elements say nothing about the range and let no gradient through.
+Such elements say nothing about the range and let no gradient through. A float result
+(``output_bits=None``) is that of the float division there: infinite, or NaN.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def assert_exact_on(case: Case, platform: str, bits: Bits) -> None:
     model, inputs = prepared(case, platform, bits)
     try:
         for x in both_inputs(case, inputs):
-            assert_integer_exact(model, *x)
+            assert_integer_exact(model, *x, finite=case.finite)
     except AssertionError as error:
         pytest.fail(f"{platform} {bits}: {error}")
 

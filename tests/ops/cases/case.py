@@ -42,6 +42,7 @@ class Case:
         why_float: Why the op is not quantized, if it never is: a part of what the summary says.
             What is around it still is.
         largest: Factor of the second evaluation input, which is to saturate; 1 leaves it away.
+        finite: Whether float results are finite; a division by a code of 0 is not.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Case:
     optimizable: bool = True
     why_float: str | None = None
     largest: float = 40.0
+    finite: bool = True
 
     @property
     def id(self) -> str:

@@ -8,9 +8,9 @@ from tests.models import Lambda
 from tests.ops.cases import Case, on_convs, on_linears
 
 
-def _float(kind, function, why, operands=1):
+def _float(kind, function, why, operands=1, **fields):
     build = on_linears(lambda *x: function(*x).relu(), operands)
-    return Case(kind, "float", build, why_float=why)
+    return Case(kind, "float", build, why_float=why, **fields)
 
 
 def _bag(rng):
@@ -27,7 +27,13 @@ CASES = [
     _float("remainder", lambda a: a % 0.5, "jumps"),
     _float("fmod", lambda a: torch.fmod(a, 0.5), "jumps"),
     _float("addcmul", lambda a, b: torch.addcmul(a, a, b), "`x + a * b`", 2),
-    _float("addcdiv", lambda a, b: torch.addcdiv(a, a, b.abs() + 1), "`x + a / b`", 2),
+    _float(
+        "addcdiv",
+        lambda a, b: torch.addcdiv(a, a, b.abs() + 1),
+        "`x + a / b`",
+        operands=2,
+        finite=False,
+    ),
     _float("lerp", lambda a, b: torch.lerp(a, b, 0.3), "write", 2),
     Case(
         "baddbmm",
