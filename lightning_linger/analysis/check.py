@@ -137,7 +137,7 @@ def _of_model(limits: Limits, plan: Plan) -> Iterator[Finding]:
         if "model" in rule.layers:
             found = MODEL_MEASURES[rule.measure](plan)
             if not rule.allowed.admits(found.value):
-                yield _finding(plan.fullest or MODEL, rule, found)
+                yield _finding(MODEL, rule, found)
 
 
 def _of_settings(limits: Limits, instrumentation: Instrumentation) -> Iterator[Finding]:

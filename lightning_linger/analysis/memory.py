@@ -1,8 +1,9 @@
 """What a model takes of an engine's memories, estimated from its layers.
 
 The packer places tensors in share memory so that those that live at the same time do not overlap.
-The estimate adds up what lives at the same time, which is what the best placement takes; the
-packer's own, found by trying, may take more.
+The estimate adds up what lives at the same time, which is what the best placement takes. For most
+models it is what the packer asks for, byte by byte; where a layer runs in several passes, or
+operands of a sum are brought to its scale, the packer asks for more.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class Plan:
         share_memory: Activations that live at the same time, workspace and buffers for weights.
         psram: Weights and biases, and activations that are too large for share memory.
         constants: Bytes of weights and biases, which the image in flash holds.
-        live: Bytes of activations in share memory while each layer runs.
-        workspace: The largest workspace of a layer.
+        live: Bytes of activations in share memory while each layer runs, with its workspace.
         buffers: The two buffers into which weights are fetched in turn.
         fullest: Site of the layer at which share memory is fullest.
     """
@@ -35,9 +35,8 @@ class Plan:
     psram: int
     constants: int
     live: tuple[int, ...]
-    workspace: int
     buffers: tuple[int, int]
-    fullest: str | None
+    fullest: str
 
 
 def constant_bytes(layer: Layer, engine: Engine) -> tuple[int, int]:
@@ -50,32 +49,24 @@ def plan_memory(walk: Walk, engine: Engine) -> Plan:
     """Estimate where the bytes of a model go."""
     layers = walk.layers
     sizes, spans = _spans(walk)
-    inside = {key: size for key, size in sizes.items() if size <= engine.largest_activation}
-    live = tuple(
-        sum(size for key, size in inside.items() if spans[key][0] <= step <= spans[key][1])
-        for step in range(len(layers))
-    )
-    workspace = max((aligned(_workspace(layer, engine), 16) for layer in layers), default=0)
+    live, spilled = [], []
+    for step, layer in enumerate(layers):
+        alive = [size for key, size in sizes.items() if spans[key][0] <= step <= spans[key][1]]
+        outside = sum(size for size in alive if size > engine.largest_activation)
+        workspace = aligned(_workspace(layer, engine), ALIGNMENT)
+        live.append(sum(alive) - outside + workspace)
+        spilled.append(outside)
     fetched = [prefetched_bytes(layer, engine) for layer in layers if _is_fetched(layer)]
     buffers = (max(fetched[::2], default=0), max(fetched[1::2], default=0))
     constants = sum(sum(constant_bytes(layer, engine)) for layer in layers)
-    outside = [(key, size) for key, size in sizes.items() if size > engine.largest_activation]
-    spilled = max(
-        (
-            sum(size for key, size in outside if spans[key][0] <= step <= spans[key][1])
-            for step in range(len(layers))
-        ),
-        default=0,
-    )
-    fullest = max(range(len(layers)), key=live.__getitem__) if live else None
+    peak = max(live, default=0)
     return Plan(
-        share_memory=max(live, default=0) + workspace + sum(buffers),
-        psram=constants + spilled,
+        share_memory=peak + sum(buffers),
+        psram=constants + max(spilled, default=0),
         constants=constants,
-        live=live,
-        workspace=workspace,
+        live=tuple(live),
         buffers=buffers,
-        fullest=None if fullest is None else layers[fullest].site,
+        fullest=layers[live.index(peak)].site if layers else "",
     )
 
 
@@ -171,11 +162,6 @@ def _of_lstm(layer: Layer, engine: Engine) -> int:
     return 32 * hidden + copied
 
 
-def _of_add(layer: Layer, engine: Engine) -> int:
-    # Where both operands have to be brought to the scale of the sum.
-    return min(layer.inputs[0].bytes(layer.batch), engine.workspace.most)
-
-
 def _of_mul(layer: Layer, engine: Engine) -> int:
     if "spread" not in layer.traits:
         return 0
@@ -191,7 +177,6 @@ _WORKSPACES: dict[str, Callable[[Layer, Engine], int]] = {
     "sigmoid": _of_curve,
     "layer_norm": _of_layer_norm,
     "lstm": _of_lstm,
-    "add": _of_add,
     "mul": _of_mul,
 }
 
@@ -199,12 +184,10 @@ _WORKSPACES: dict[str, Callable[[Layer, Engine], int]] = {
 # --- what rules look at -------------------------------------------------------------------------
 
 
-def _bytes(number: int) -> Measured:
-    return Measured(number, f"{number} bytes")
-
-
 MODEL_MEASURES: dict[str, Callable[[Plan], Measured]] = {
-    "share_memory": lambda plan: _bytes(plan.share_memory),
-    "psram": lambda plan: _bytes(plan.psram),
-    "constants": lambda plan: _bytes(plan.constants),
+    "share_memory": lambda plan: Measured(
+        plan.share_memory, f"{plan.share_memory} bytes, most of them at {plan.fullest}"
+    ),
+    "psram": lambda plan: Measured(plan.psram, f"{plan.psram} bytes"),
+    "packer": lambda plan: Measured(None, "none"),
 }

@@ -26,7 +26,7 @@ class ResourceRow:
         parameters: Weights and biases.
         weights: Weights, as the image holds them.
         biases: Biases, as the image holds them.
-        activations: Activations that live while it runs; an estimate.
+        activations: Activations that live while it runs, and its workspace; an estimate.
     """
 
     site: str
@@ -88,25 +88,19 @@ class Resources(Table[ResourceRow]):
         found = [
             [row.site, row.layer, *(f"{number:,}" for number in _numbers(row))] for row in self
         ]
-        totals = [sum(column) for column in zip(*(_numbers(row) for row in self), strict=True)] or [
-            0
-        ] * 5
-        totals[-1] = max(self.plan.live, default=0)
+        weights, biases = sum(row.weights for row in self), sum(row.biases for row in self)
+        most = max(self.plan.live, default=0)
+        totals = (self.macs, self.parameters, weights, biases, most)
         return [*found, ["total", "", *(f"{number:,}" for number in totals)]]
 
     def __str__(self) -> str:
         """Return the table and what the memories have to hold."""
-        shared = [
-            f"{max(self.plan.live, default=0):,} of activations",
-            f"{self.plan.workspace:,} of workspace",
-            f"{sum(self.plan.buffers):,} of prefetched weights",
-        ]
         lines = [
             super().__str__(),
             f"flash          {self.flash:>12,} bytes of weights and biases",
             f"psram          {self.psram:>12,} of {self.psram_limit:,} bytes (estimate)",
             f"share memory   {self.share_memory:>12,} of {self.share_memory_limit:,} bytes "
-            f"(estimate: {', '.join(shared)})",
+            f"(estimate, {sum(self.plan.buffers):,} of them prefetched weights)",
         ]
         return "\n".join(lines)
 

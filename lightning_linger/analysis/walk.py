@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_linger.analysis.layers import Data, Layer, Shape
+from lightning_linger.analysis.layers import Data, Layer, Padding, Shape
 from lightning_linger.core.graph import Node, Run, TensorSpec
 from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import op_of
@@ -56,12 +56,12 @@ class Walk:
         self._constants: set[int] = set()
         self._inner = 0
         self._made = {spec.value for node in run.nodes for spec in node.outputs}
+        self._given = run.given
         nodes = _live(run)
-        self.batch = _batch_of(nodes, self._made)
+        self.batch = _batch_of(nodes, run.given)
         for node in nodes:
             self._visit(node)
-        returned = [self._data[value] for value in run.returned if value in self._data]
-        self.outputs = [self.written(data) for data in returned]
+        self.outputs = self._returned(run)
         self.inputs = [
             data
             for value, data in self._data.items()
@@ -74,8 +74,7 @@ class Walk:
         """Return a tensor of the model."""
         found = self._data.get(spec.value)
         if found is None:
-            constant = spec.constant or spec.value in self._constants
-            found = Data(spec.value, spec.shape, None, constant)
+            found = Data(spec.value, spec.shape, None, self._is_constant(spec))
             self._data[spec.value] = found
         return found
 
@@ -87,9 +86,9 @@ class Walk:
     def is_computed(self, spec: TensorSpec) -> bool:
         """Whether a tensor follows from other activations.
 
-        Nothing else tells a constant that the forward makes from what the model is given.
+        What the model is given counts, too; what the forward makes of nothing is a constant.
         """
-        return spec.value in self._made and not self._is_constant(spec)
+        return not self._is_constant(spec)
 
     def inner(self, shape: Shape, bits: int | None) -> Data:
         """Return a new tensor inside an op."""
@@ -135,15 +134,27 @@ class Walk:
             self._readers.get(node.op, _unknown)(visit)
 
     def _is_constant(self, spec: TensorSpec) -> bool:
-        return spec.constant or spec.value in self._constants
+        made_of_nothing = spec.value not in self._made and spec.value not in self._given
+        return spec.constant or made_of_nothing or spec.value in self._constants
+
+    def _returned(self, run: Run) -> list[Data]:
+        found = [self.written(self._data[value]) for value in run.returned if value in self._data]
+        for again in (data for i, data in enumerate(found) if data in found[:i]):
+            layer = Layer("<output>", "identity", "identity", (again,), (again,), batch=self.batch)
+            self.layers.append(layer)
+        return found
 
     def _leave(self, visit: Visit, why: str) -> None:
         """Read a call that stays float."""
         node = visit.node
         if not any(spec.floating for spec in (*node.inputs, *node.outputs)):
             return
-        inputs = tuple(self.data(spec) for spec in node.inputs if spec.floating)
-        inputs = tuple(self.written(data) for data in inputs)
+        inputs = tuple(self.written(self.data(spec)) for spec in node.inputs if spec.floating)
+        zeros = visit.zeros() if node.op == "pad" else None
+        if zeros is not None:  # a convolution takes them over, before its quantizer or behind
+            (spec,) = node.outputs
+            self.define(spec, dataclasses.replace(inputs[0], shape=spec.shape, padding=zeros))
+            return
         outputs = tuple(
             self.define(spec, Data(spec.value, spec.shape))
             for spec in node.outputs
@@ -245,6 +256,14 @@ class Visit:
         plain = width == _WIDE and self._is_real
         return self.walk.define(spec, Data(spec.value, spec.shape, None if plain else width))
 
+    def zeros(self) -> Padding | None:
+        """Return the zeros that a pad puts around a tensor; None for another pad."""
+        call, rank = self.call, len(self.node.inputs[0].shape)
+        if call.mode != "constant" or call.value or min(call.pad, default=0) < 0:
+            return None
+        pairs = list(zip(call.pad[::2], call.pad[1::2], strict=True))[::-1]
+        return Padding(self.node.key, (*[(0, 0)] * (rank - len(pairs)), *pairs))
+
     @property
     def _is_real(self) -> bool:
         config = self.site.config if self.site is not None else None
@@ -324,14 +343,14 @@ def _live(run: Run) -> list[Node]:
     return found[::-1]
 
 
-def _batch_of(nodes: Sequence[Node], made: set[int]) -> int:
+def _batch_of(nodes: Sequence[Node], given: set[int]) -> int:
     """Return how many samples were recorded together.
 
     They are the first dimension of what the model takes, unless a layer that wants time first finds
     time there.
     """
-    taken = (spec for node in nodes for spec in node.inputs if spec.value not in made)
-    first = next((spec.shape[0] for spec in taken if not spec.constant and spec.shape), 1)
+    taken = (spec.shape for node in nodes for spec in node.inputs if spec.value in given)
+    first = next((shape[0] for shape in taken if shape), 1)
     for node in nodes:
         op = op_of(node.op)
         if isinstance(op, RecurrentOp) and not op.is_cell:

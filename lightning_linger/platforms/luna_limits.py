@@ -12,6 +12,7 @@ from lightning_linger.platforms.rules import (
     CURVES,
     NARROW,
     PREFETCHED,
+    AtLeast,
     AtMost,
     Engine,
     Limits,
@@ -122,9 +123,18 @@ def _layers(engine: Engine) -> tuple[Rule, ...]:
             "linear_rank",
             ("linear",),
             "rank",
-            OneOf((2, 3)),
-            "the input of a linear layer has {allowed} dimensions",
+            AtLeast(2),
+            "the input of a linear layer has {allowed} dimensions or more",
+            "call the model with a batch of one",
+        ),
+        Rule(
+            "linear_rank_compared",
+            ("linear",),
+            "rank",
+            AtMost(3),
+            "nobody compared the results of linear layers on more than {allowed} dimensions",
             "flatten the leading ones before it",
+            severity="warning",
         ),
         Rule(
             "linear_features",
@@ -228,6 +238,14 @@ def _layers(engine: Engine) -> tuple[Rule, ...]:
             evidence="sources",
         ),
         Rule(
+            "returned_once",
+            ("identity",),
+            "op",
+            Never(),
+            "a value is returned once",
+            "return it once, and use it twice outside the model",
+        ),
+        Rule(
             "glu",
             ("glu",),
             "op",
@@ -270,7 +288,7 @@ def _layers(engine: Engine) -> tuple[Rule, ...]:
             AtMost(engine.share_memory),
             "activations, workspace and prefetched weights take up to {allowed} bytes of share "
             "memory (an estimate from below)",
-            "use smaller activations where the report of resources is highest",
+            "use smaller activations there",
         ),
         Rule(
             "psram",
@@ -391,10 +409,10 @@ _LSTM = (
 _NOT_PACKED = Rule(
     "not_packed",
     ("model",),
-    "constants",
+    "packer",
     Never(),
-    "a released packer takes the graph; that of pythinker 3.0.4 takes its name and refuses its "
-    "layers, and the limits are those of arcs",
+    "there is a packer for the engine; that of pythinker 3.0.4 knows its name and refuses its "
+    "layers, and these limits are those of arcs",
     "ask the maker of the chip for a packer",
     severity="warning",
 )

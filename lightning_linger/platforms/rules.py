@@ -54,6 +54,20 @@ class Between:
 
 
 @dataclass(frozen=True)
+class AtLeast:
+    """Numbers from ``least``."""
+
+    least: int
+
+    def admits(self, value: Any) -> bool:
+        """Whether no number is smaller."""
+        return all(number >= self.least for number in _entries(value))
+
+    def __str__(self) -> str:
+        return f"{self.least}"
+
+
+@dataclass(frozen=True)
 class AtMost:
     """Numbers up to ``most``."""
 

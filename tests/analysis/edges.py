@@ -454,7 +454,7 @@ EDGES: list[Edge] = [
         {"output_bits": 16},
     ),
     # Other layers
-    Edge("linear_rank", linear(4, 4, 1, 2), linear(4, 4, 1, 2, 3)),
+    Edge("linear_rank_compared", linear(4, 4, 1, 2), linear(4, 4, 1, 2, 3)),
     Edge("linear_rank", linear(4, 4, 1), layer(lambda: nn.Linear(4, 4), torch.randn(4))),
     Edge("linear_features", linear(81920, 1), linear(81921, 1), ("venusa",)),
     Edge("linear_features", linear(163840, 1), linear(163841, 1), ARCS),
@@ -523,6 +523,11 @@ EDGES: list[Edge] = [
         padded(lambda m, x: m.second(F.pad(m.first(x), (1, 1), value=0.5))),
     ),
     Edge("argmax", behind_linear(lambda a: a), behind_linear(lambda a: (a, a.argmax(-1)))),
+    Edge(
+        "returned_once",
+        behind_linear(lambda a: (a, a.relu())),
+        behind_linear(lambda a: (a, a)),
+    ),
     Edge("glu", behind_linear(lambda a: a), behind_linear(lambda a: F.glu(a))),
     Edge("second_factor", product(128, 256), product(128, 257), ("venus",)),
     Edge(

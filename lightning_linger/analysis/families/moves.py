@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lightning_linger.analysis.layers import Data, Padding
+from lightning_linger.analysis.layers import Data
 from lightning_linger.analysis.walk import Reader, Visit
 from lightning_linger.core.graph import TensorSpec
 
@@ -85,12 +85,11 @@ def read_pad(visit: Visit) -> None:
     if call.mode != "constant":  # values that are there already, in other places
         visit.add("move", (data,), (out,), facts={"pieces": max(map(abs, call.pad), default=1)})
         return
-    if call.value or min(call.pad, default=0) < 0:
+    zeros = visit.zeros()
+    if zeros is None:
         visit.add("pad", (data,), (out,))
         return
-    pairs = list(zip(call.pad[::2], call.pad[1::2], strict=True))[::-1]
-    padding = (*[(0, 0)] * (len(data.shape) - len(pairs)), *pairs)
-    padded = dataclasses.replace(data, shape=out.shape, padding=Padding(visit.node.key, padding))
+    padded = dataclasses.replace(data, shape=out.shape, padding=zeros)
     visit.walk.define(visit.node.outputs[0], padded)
 
 
