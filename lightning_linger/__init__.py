@@ -4,6 +4,8 @@ What you train is, bit for bit, what the chip runs.
 """
 
 from lightning_linger.__about__ import __version__
+from lightning_linger.analysis.check import check
+from lightning_linger.analysis.resources import resources
 from lightning_linger.core.config import FuseConfig, Limit, NormalizeConfig, QuantConfig
 from lightning_linger.core.errors import (
     ConfigError,
@@ -48,6 +50,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "calibrate",
+    "check",
     "disable_normalize",
     "disable_quant",
     "divergence",
@@ -62,6 +65,7 @@ __all__ = [
     "quant_error",
     "quant_module",
     "quantize",
+    "resources",
     "strip",
     "summary",
 ]

@@ -1,6 +1,7 @@
 """The Lightning face of the library: thin callbacks, each a schedule over a stage."""
 
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
+from lightning_linger.callbacks.hardware_check import HardwareCheckCallback
 from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
 from lightning_linger.callbacks.normalize import NormalizeCallback
 from lightning_linger.callbacks.onnx_export import ONNXExportCallback
@@ -9,6 +10,7 @@ from lightning_linger.callbacks.quantize import QuantizeCallback
 
 __all__ = [
     "FuseBNCallback",
+    "HardwareCheckCallback",
     "IntegerValidatorCallback",
     "NormalizeCallback",
     "ONNXExportCallback",

@@ -49,27 +49,8 @@ class StageCallback(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the sites and plan every stage of the trainer, once."""
-        stages = _stages(trainer)
-        if stages[0] is not self:
-            return
-        _check_order(trainer, stages)
-        if _overrides_configure_model(pl_module):
-            pl_module.configure_model()
-        plans = {type(callback).__name__: callback.describe() for callback in stages}
-        prepare_module(trainer, pl_module, stage)
-        instrumentation = instrumentation_of(pl_module)
-        if instrumentation.plans == plans:
-            return
-        if instrumentation.plans is not None:
-            msg = (
-                "The model was prepared with other arguments before. Found: "
-                f"{plans}. Prepared with: {instrumentation.plans}. HINT: keep the arguments, or "
-                "call `linger.strip(model)` to start over."
-            )
-            raise misconfiguration(msg)
-        for callback in sorted(stages, key=lambda item: item.order):
-            callback.plan(pl_module)
-        instrumentation.plans = plans
+        if stages_of(trainer)[0] is self:
+            plan_stages(trainer, pl_module, stage)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Switch by epoch or condition."""
@@ -97,8 +78,38 @@ class StageCallback(Callback):  # type: ignore[misc]
             self.switch(module, wanted)
 
 
-def _stages(trainer: Any) -> list[StageCallback]:
+def stages_of(trainer: Any) -> list[StageCallback]:
+    """Return the callbacks of a trainer that are stages."""
     return [callback for callback in trainer.callbacks if isinstance(callback, StageCallback)]
+
+
+def plan_stages(trainer: Any, module: Any, stage: str) -> None:
+    """Find the sites and plan every stage of the trainer; a second time changes nothing."""
+    stages = stages_of(trainer)
+    _check_order(trainer, stages)
+    make_layers(module)
+    plans = {type(callback).__name__: callback.describe() for callback in stages}
+    prepare_module(trainer, module, stage)
+    instrumentation = instrumentation_of(module)
+    if instrumentation.plans == plans:
+        return
+    if instrumentation.plans is not None:
+        msg = (
+            "The model was prepared with other arguments before. Found: "
+            f"{plans}. Prepared with: {instrumentation.plans}. HINT: keep the arguments, or "
+            "call `linger.strip(model)` to start over."
+        )
+        raise misconfiguration(msg)
+    for callback in sorted(stages, key=lambda item: item.order):
+        callback.plan(module)
+    instrumentation.plans = plans
+
+
+def make_layers(module: Any) -> None:
+    """Let a LightningModule make what it makes in ``configure_model``, if anything."""
+    definer = next(base for base in type(module).__mro__ if "configure_model" in base.__dict__)
+    if not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch.")):
+        module.configure_model()
 
 
 def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
@@ -118,8 +129,3 @@ def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
                 f"epoch {second} or earlier."
             )
             raise misconfiguration(msg)
-
-
-def _overrides_configure_model(module: Any) -> bool:
-    definer = next(base for base in type(module).__mro__ if "configure_model" in base.__dict__)
-    return not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))

@@ -1,7 +1,8 @@
 """The command ``lightning-linger``, one file per subcommand.
 
 A subcommand is a module with ``add_parser(subparsers)``, which sets the default ``run``: a function
-of the parsed arguments that raises a `LingerError` for what a user did wrong.
+of the parsed arguments that raises a `LingerError` for what a user did wrong. It may return an exit
+code of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from lightning_linger.__about__ import __version__
-from lightning_linger.cli import convert_checkpoint
+from lightning_linger.cli import check, convert_checkpoint
 from lightning_linger.core.errors import LingerError
 
-_SUBCOMMANDS = (convert_checkpoint,)
+_SUBCOMMANDS = (check, convert_checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,16 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is one line on the standard error.
+        The exit code: that of the subcommand, 0 by default, or 2 after an error, which is one line
+        on the standard error.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
     except LingerError as error:
         message = " ".join(str(error).split())
         print(f"lightning-linger: error: {message}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:

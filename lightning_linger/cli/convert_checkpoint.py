@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_linger.cli.checkpoints import read_checkpoint
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import STATE_NAME
 from lightning_linger.export.files import check_target, write_atomically
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         kind = "SOURCE itself" if source.exists() and target.samefile(source) else "there already"
         msg = f"{str(target)!r} is {kind}. Pass another TARGET, or --force to overwrite it."
         raise ConfigError(msg)
-    checkpoint = _load(source)
+    checkpoint = read_checkpoint(source)
     key = arguments.key
     if key is None and isinstance(checkpoint.get("state_dict"), Mapping):
         key = "state_dict"
@@ -99,30 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
             "and start a new fit.",
             file=sys.stderr,
         )
-
-
-def _load(source: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except OSError as error:
-        msg = f"cannot read {str(source)!r}: {error.strerror or error}."
-        raise ConfigError(msg) from error
-    # What a broken file raises depends on where it is broken.
-    except Exception as error:
-        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if refused:
-            msg = (
-                f"{str(source)!r} holds {refused[1]}, which is not loaded from a file that may not "
-                "be trusted. Save its state dict alone, with torch.save(model.state_dict(), path)."
-            )
-        else:
-            msg = f"{str(source)!r} is no checkpoint, or it is damaged: torch cannot load it."
-        raise ConfigError(msg) from error
-    if not isinstance(checkpoint, dict):
-        kind = type(checkpoint).__name__
-        msg = f"{str(source)!r} holds a {kind}. Save a state dict or a Lightning checkpoint."
-        raise ConfigError(msg)
-    return checkpoint
 
 
 def _entry(checkpoint: dict[str, Any], key: str, source: Path) -> Mapping[str, Any]:

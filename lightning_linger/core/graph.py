@@ -62,12 +62,14 @@ class Run:
 
     Args:
         nodes: The calls in execution order.
-        returned: The values that outermost module calls returned.
+        given: The values that outermost module calls were given.
+        returned: The values that outermost module calls returned, in order.
         aliased: Keys of in-place calls whose operand is read later through its old name.
     """
 
     nodes: list[Node] = field(default_factory=list)
-    returned: set[int] = field(default_factory=set)
+    given: set[int] = field(default_factory=set)
+    returned: list[int] = field(default_factory=list)
     aliased: set[str] = field(default_factory=set)
 
     def consumers(self, value: int) -> list[str]:

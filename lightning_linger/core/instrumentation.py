@@ -132,6 +132,8 @@ class Frame:
                 return
             if instrumentation.calls is not None:
                 instrumentation.calls.append(ModuleCall(module, args, kwargs))
+            if instrumentation.recorder is not None:
+                instrumentation.recorder.given((args, kwargs))
             instrumentation.begin()
         invocation = self.invocations
         self.invocations = invocation + 1

@@ -102,6 +102,10 @@ class Recorder:
         )
         return result
 
+    def given(self, arguments: Any) -> None:
+        """Note what an outermost module call is given."""
+        self.run.given |= {self._spec(x).value for x in _tensors(arguments)}
+
     def returned(self, output: Any, whole: bool) -> None:
         """Note what an outermost module call returned.
 
@@ -110,7 +114,7 @@ class Recorder:
         """
         returned = tuple(self._spec(x) for x in _tensors(output))
         self._note_aliases(returned)
-        self.run.returned |= {spec.value for spec in returned}
+        self.run.returned += [spec.value for spec in returned]
         if whole and self._stop_after_whole:
             raise WholeModelRan
 

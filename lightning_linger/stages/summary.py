@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, overload
 
 from torch import nn
 
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.sites import Site
+from lightning_linger.core.table import Table
 from lightning_linger.core.tags import WIDEST_OPERAND
 
 
@@ -39,46 +38,10 @@ class SummaryRow:
     why_float: str
 
 
-class Summary:
-    """A list of :class:`SummaryRow` that prints as a table."""
+class Summary(Table[SummaryRow]):
+    """A list of :class:`SummaryRow` in execution order that prints as a table."""
 
-    def __init__(self, rows: list[SummaryRow]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[SummaryRow]:
-        """Iterate over the rows in execution order."""
-        return iter(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> SummaryRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SummaryRow]: ...
-    def __getitem__(self, index: int | slice) -> SummaryRow | list[SummaryRow]:
-        """Return a row or a list of rows."""
-        return self._rows[index]
-
-    def __str__(self) -> str:
-        """Return a plain-text table."""
-        titles = list(SummaryRow.__dataclass_fields__)
-        lines = [titles, *([getattr(row, title) for title in titles] for row in self._rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-
-    def __rich__(self) -> Any:
-        """Return a rich table."""
-        from rich.table import Table
-
-        table = Table(*SummaryRow.__dataclass_fields__)
-        for row in self._rows:
-            table.add_row(*(getattr(row, title) for title in SummaryRow.__dataclass_fields__))
-        return table
+    row_type = SummaryRow
 
 
 def summary(model: nn.Module) -> Summary:

@@ -1,0 +1,217 @@
+"""Making a model and example inputs from what stands on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.cli.checkpoints import read_checkpoint
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.instrumentation import STATE_NAME
+
+_INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float32", "float64", "float16", "int8", "int32", "int64", "bool")
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model."""
+    add = parser.add_argument
+    add(
+        "--module",
+        metavar="MODULE:CLASS",
+        required=True,
+        help="the model's class, e.g. my.module:Class; the working directory is searched first",
+    )
+    add(
+        "--kwargs",
+        metavar="JSON",
+        default="{}",
+        help="keyword arguments of CLASS as a JSON object; they replace those of a checkpoint",
+    )
+    add(
+        "--ckpt",
+        metavar="PATH",
+        type=Path,
+        help="a Lightning checkpoint, whose hyperparameters and weights CLASS is given, or a state "
+        "dict; nothing in it is unpickled but tensors and plain values",
+    )
+    add(
+        "--input",
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        action="append",
+        default=[],
+        dest="inputs",
+        help="an example input, e.g. 1x3x32x32 or tokens=1x16:int64, once for each argument of "
+        "forward; without any, the model's example_input_array",
+    )
+
+
+def build_model(arguments: argparse.Namespace) -> nn.Module:
+    """Make the model.
+
+    Raises:
+        ConfigError: If the class cannot be found or made, or a checkpoint does not fit.
+    """
+    made = _find_class(arguments.module)
+    kwargs = _parse_kwargs(arguments.kwargs)
+    state: Mapping[str, Any] | None = None
+    if arguments.ckpt is not None:
+        checkpoint = read_checkpoint(arguments.ckpt)
+        kwargs = {**_hyper_parameters(checkpoint, made), **kwargs}
+        state = checkpoint.get("state_dict", checkpoint)
+    try:
+        model = made(**kwargs)
+    except Exception as error:  # whatever the user's class raises
+        shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        msg = f"cannot make {arguments.module}({shown}): {_said(error)} Pass other --kwargs."
+        raise ConfigError(msg) from error
+    if not isinstance(model, nn.Module):
+        msg = f"{arguments.module} makes a {type(model).__name__}. Name a class of nn.Module."
+        raise ConfigError(msg)
+    if state is not None:
+        _load_weights(model, state, arguments.ckpt)
+    return model
+
+
+def example_inputs(
+    arguments: argparse.Namespace, model: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword inputs: normal values, zeros where they are whole numbers.
+
+    Raises:
+        ConfigError: If a shape or a dtype is wrong, or nothing is given.
+    """
+    if not arguments.inputs:
+        example = getattr(model, "example_input_array", None)
+        if example is None:
+            msg = (
+                f"{type(model).__name__} has no example_input_array. Pass --input with the shape "
+                "of each argument of its forward."
+            )
+            raise ConfigError(msg)
+        if isinstance(example, dict):
+            return (), example
+        return (example if isinstance(example, tuple) else (example,)), {}
+    generator = torch.Generator().manual_seed(0)
+    positional: list[Tensor] = []
+    named: dict[str, Any] = {}
+    for text in arguments.inputs:
+        name, tensor = _parse_input(text, generator)
+        if name is not None:
+            named[name] = tensor
+        elif named:
+            msg = f"the input {text!r} without a name stands behind one with a name. Put it first."
+            raise ConfigError(msg)
+        else:
+            positional.append(tensor)
+    return tuple(positional), named
+
+
+# --- the class ----------------------------------------------------------------------------------
+
+
+def _find_class(text: str) -> Any:
+    module_name, separator, class_name = text.partition(":")
+    if not (module_name and separator and class_name):
+        msg = f"--module is MODULE:CLASS, e.g. my.module:Class. Found: {text!r}."
+        raise ConfigError(msg)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        msg = f"cannot import {module_name!r}: {_said(error)}"
+        raise ConfigError(msg) from error
+    for name in class_name.split("."):
+        found = getattr(found, name, None)
+    if not callable(found):
+        msg = f"{module_name!r} has no class {class_name!r}."
+        raise ConfigError(msg)
+    return found
+
+
+def _parse_kwargs(text: str) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        msg = f'--kwargs is a JSON object, e.g. {{"width": 8}}. Found {text!r}: {error}.'
+        raise ConfigError(msg) from error
+    if not isinstance(kwargs, dict):
+        msg = f'--kwargs is a JSON object, e.g. {{"width": 8}}. Found: {text!r}.'
+        raise ConfigError(msg)
+    return kwargs
+
+
+def _hyper_parameters(checkpoint: Mapping[str, Any], made: Any) -> dict[str, Any]:
+    """Return the hyperparameters that the class takes."""
+    found = checkpoint.get("hyper_parameters")
+    if not isinstance(found, Mapping):
+        return {}
+    parameters = inspect.signature(made).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(found)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in found.items() if name in names}
+
+
+def _load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
+    """Load the weights; what a quantize stage has added is left out."""
+    weights = {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and STATE_NAME not in key.split(".")
+    }
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # a RuntimeError, or what a hook of the model raises
+        msg = f"{str(source)!r} does not fit {type(model).__name__}: {_said(error)}"
+        raise ConfigError(msg) from error
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def _parse_input(text: str, generator: torch.Generator) -> tuple[str | None, Tensor]:
+    found = _INPUT.fullmatch(text)
+    sizes = [] if found is None else [int(size) for size in found["shape"].split("x")]
+    if found is None or 0 in sizes:
+        msg = (
+            "--input is a shape, e.g. 1x3x32x32, perhaps with a name and a dtype, "
+            f"tokens=1x16:int64. Found: {text!r}."
+        )
+        raise ConfigError(msg)
+    dtype = _DTYPES.get(found["dtype"] or "float32")
+    if dtype is None:
+        msg = f"the dtype of an input is one of {', '.join(_DTYPES)}. Found: {found['dtype']!r}."
+        raise ConfigError(msg)
+    if dtype.is_floating_point:
+        return found["name"], torch.randn(sizes, generator=generator).to(dtype)
+    return found["name"], torch.zeros(sizes, dtype=dtype)
+
+
+def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return the shapes of inputs as text."""
+    named = [*(("", x) for x in args), *((f"{name}=", x) for name, x in kwargs.items())]
+    return ", ".join(
+        f"{name}{'x'.join(map(str, x.shape)) if isinstance(x, Tensor) else x!r}"
+        for name, x in named
+    )
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
