@@ -97,4 +97,5 @@ LINGER = Dialect(
     domains={DOMAIN: 1},
     check=_check,
     finish=tidy,
+    boundary=boundary.BOUNDARY,
 )
