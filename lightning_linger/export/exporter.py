@@ -52,7 +52,8 @@ def export_onnx(
         args: Positional inputs of one forward. Their shapes are the shapes of the graph, and a
             Python branch that depends on values goes the way they take, with a warning.
         path: The file to write; its folder has to exist. The file appears whole or not at all.
-        dialect: ``linger`` or ``qdq``.
+        dialect: ``linger`` (or ``linger3``), ``linger1`` for the older names of the same ops, or
+            ``qdq``.
         kwargs: Keyword inputs.
         integer_inputs: Take codes in the place of real values; their steps and zero points are in
             the metadata ``lightning_linger.inputs``.
