@@ -30,7 +30,8 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
 
     Args:
         path: Of the file; ``{epoch}`` in it is replaced by the epoch.
-        dialect: ``linger`` (thinker engine) or ``qdq`` (onnxruntime and whatever reads QDQ).
+        dialect: ``linger`` (thinker engine), ``linger1`` (the same in older names) or ``qdq``
+            (onnxruntime and whatever reads QDQ).
         at_epoch: Export at the end of this epoch, or of each of these; None exports at the end of
             fit.
         verify: Whether to run the exported file.

@@ -178,6 +178,21 @@ Translation = Callable[[Builder, Call], Results]
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """The nodes of a dialect between real values and codes.
+
+    Args:
+        enter: Op type that turns real values into codes.
+        leave: Op type that turns codes into real values.
+        grid: Step and zero point of either.
+    """
+
+    enter: str
+    leave: str
+    grid: Callable[[ir.Node], tuple[float, int]]
+
+
+@dataclass(frozen=True)
 class Dialect:
     """One way to write an integer model as ONNX.
 
@@ -190,6 +205,7 @@ class Dialect:
         check: Refuses a model that the dialect cannot express, before anything is recorded; gets
             the quantized sites.
         finish: Works on the graph after every op is translated.
+        boundary: The nodes between real values and codes.
     """
 
     name: str
@@ -199,6 +215,7 @@ class Dialect:
     domains: Mapping[str, int]
     check: Callable[[Sequence[Site]], None]
     finish: Callable[[ir.Graph], None]
+    boundary: Boundary
 
 
 def dtype_of(value: ir.Value) -> ir.DataType:

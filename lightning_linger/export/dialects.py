@@ -2,10 +2,13 @@
 
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.export.dialect import Dialect
-from lightning_linger.export.linger import LINGER
+from lightning_linger.export.linger import LINGER, LINGER1
 from lightning_linger.export.qdq import QDQ
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (LINGER, QDQ)}
+DIALECTS: dict[str, Dialect] = {
+    **{dialect.name: dialect for dialect in (LINGER, LINGER1, QDQ)},
+    "linger3": LINGER,
+}
 
 
 def dialect_of(name: str) -> Dialect:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_linger.core.sites import Site
 from lightning_linger.export.capture import Captured, capture
 from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.dialects import dialect_of
+from lightning_linger.export.ends import give_codes, take_codes
 from lightning_linger.export.files import check_target, write_atomically
 from lightning_linger.export.lowering import Steps, lower
 from lightning_linger.simulate.integer import integer
@@ -36,6 +37,9 @@ def export_onnx(
     path: str | os.PathLike[str],
     dialect: str = "linger",
     kwargs: dict[str, Any] | None = None,
+    *,
+    integer_inputs: bool = False,
+    integer_outputs: bool = False,
 ) -> Path:
     """Write a prepared model to an ONNX file.
 
@@ -48,8 +52,12 @@ def export_onnx(
         args: Positional inputs of one forward. Their shapes are the shapes of the graph, and a
             Python branch that depends on values goes the way they take, with a warning.
         path: The file to write; its folder has to exist. The file appears whole or not at all.
-        dialect: ``linger`` or ``qdq``.
+        dialect: ``linger`` (or ``linger3``), ``linger1`` for the older names of the same ops, or
+            ``qdq``.
         kwargs: Keyword inputs.
+        integer_inputs: Take codes in the place of real values; their steps and zero points are in
+            the metadata ``lightning_linger.inputs``.
+        integer_outputs: Give codes, described in ``lightning_linger.outputs``.
 
     Returns:
         The path of the file. Inputs are named as in ``forward``, outputs come in the order in
@@ -57,14 +65,19 @@ def export_onnx(
 
     Raises:
         ConfigError: If the dialect, the path or the inputs are wrong.
-        NotReadyError: If the model is not prepared, or a quantized site has seen no data.
-        UnsupportedError: If the dialect cannot express the model; names the site.
+        NotReadyError: If the model is not prepared, or a quantized site has seen no data, or codes
+            are asked for while the quantize stage is off.
+        UnsupportedError: If the dialect cannot express the model; names the site. If an input is
+            read, or an output computed, in real values where codes are asked for.
     """
     chosen = dialect_of(dialect)
     target = check_target(path)
     instrumentation = instrumentation_of(model)
     check_example((args, kwargs))
     quantized = instrumentation.switches.quantize
+    if (integer_inputs or integer_outputs) and not quantized:
+        msg = "codes have no scale before the quantize stage. Quantize the model, then export it."
+        raise NotReadyError(msg)
     sites = [site for site in instrumentation.sites if site.quantized and quantized]
     steps: Steps = {}
     with _in_evaluation(model, instrumentation):
@@ -74,8 +87,13 @@ def export_onnx(
             captured = capture(model, instrumentation, args, kwargs or {}, chosen.opset_version)
         if quantized:
             steps = lower(captured, chosen)
+    graph, ends = captured.model.graph, {}
+    if integer_inputs:
+        ends["inputs"] = take_codes(graph, captured.input_names, chosen.boundary)
+    if integer_outputs:
+        ends["outputs"] = give_codes(graph, captured.output_names, chosen.boundary)
     _finish(captured, chosen)
-    _describe(captured.model, sites, chosen, steps)
+    _describe(captured.model, sites, chosen, {"steps": steps, **ends})
     proto = ir.serde.serialize_model(captured.model)
     _check(proto)
     write_atomically(target, proto.SerializeToString())
@@ -188,7 +206,9 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _describe(model: ir.Model, sites: list[Site], dialect: Dialect, steps: Steps) -> None:
+def _describe(
+    model: ir.Model, sites: list[Site], dialect: Dialect, scales: Mapping[str, Steps]
+) -> None:
     model.producer_name = "lightning-linger"
     model.producer_version = __version__
     model.metadata_props.clear()
@@ -199,7 +219,8 @@ def _describe(model: ir.Model, sites: list[Site], dialect: Dialect, steps: Steps
     model.metadata_props[METADATA_PREFIX + "dialect"] = dialect.name
     model.metadata_props[METADATA_PREFIX + "platform"] = ",".join(platforms)
     model.metadata_props[METADATA_PREFIX + "config"] = json.dumps(_config_summary(sites))
-    model.metadata_props[METADATA_PREFIX + "steps"] = json.dumps(steps)
+    for name, found in scales.items():
+        model.metadata_props[METADATA_PREFIX + name] = json.dumps(found)
 
 
 def _config_summary(sites: list[Site]) -> dict[str, Any]:

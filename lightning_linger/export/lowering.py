@@ -21,6 +21,12 @@ from lightning_linger.platforms import PLATFORMS
 
 Steps = dict[str, dict[str, Any]]
 
+# Standard ops that only move values: codes pass through them as they are.
+MOVEMENTS = (
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Expand", "Tile"),
+    *("Gather", "DepthToSpace", "SpaceToDepth"),
+)
+
 
 def lower(captured: Captured, dialect: Dialect) -> Steps:
     """Replace every recorded op by the dialect's nodes.

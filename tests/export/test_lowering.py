@@ -44,6 +44,7 @@ def dialect_of(translation):
         domains={},
         check=lambda sites: None,
         finish=lambda graph: None,
+        boundary=boundary.BOUNDARY,
     )
 
 

@@ -27,7 +27,7 @@ def targets() -> list[object]:
     return found
 
 
-def exported(case: PackCase, platform: str, folder: Path) -> Path:
+def exported(case: PackCase, platform: str, folder: Path, dialect: str = "linger") -> Path:
     """Export a case, and check its file in the runner."""
     model, x = case.build(), case.inputs()
     linger.prepare(model, (x,))
@@ -39,7 +39,7 @@ def exported(case: PackCase, platform: str, folder: Path) -> Path:
         for _ in range(2):
             model(x)
     model.eval()
-    path = export_onnx(model, (x,), folder / f"{case.name}.onnx", "linger")
+    path = export_onnx(model, (x,), folder / f"{case.name}.onnx", dialect)
     with linger.integer(model), torch.no_grad():
         expected = flat_tensors(model(x))
     runner = OnnxIntegerRunner(path)
@@ -93,3 +93,25 @@ def test_the_page_tells_what_is_proven():
     assert PAGE.read_text(encoding="utf-8").endswith(page()), (
         "run `python -m tests.thinker.packing_table`"
     )
+
+
+# Together they have most of the ops, and each is packed everywhere.
+BOTH_GENERATIONS = ("cat", "conv_transpose2d", "embedding", "lstm", "mean", "softmax")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BOTH_GENERATIONS)
+@pytest.mark.parametrize(
+    "platform", [pytest.param(p, marks=[pytest.mark.slow] * (p != "venus")) for p in PLATFORMS]
+)
+def test_both_generations_of_names_are_one_image(
+    packer: Path, tmp_path: Path, name: str, platform: str
+):
+    case = next(case for case in ALL if case.name == name)
+    images = []
+    for dialect in ("linger3", "linger1"):
+        torch.manual_seed(0)
+        image = tmp_path / f"{dialect}.pkg"
+        pack(exported(case, platform, tmp_path, dialect), image, packer, timeout=60)
+        images.append(image.read_bytes())
+    assert images[0] == images[1]

@@ -4,20 +4,26 @@ Integers flow between the nodes, weights are int8 initializers in torch's layout
 the scale of the accumulator. Scales are *reciprocals* of this library's steps: ``q = x * scale_x``.
 The engine rounds ``floor(x + 0.5)`` and saturates; its ops say nothing else about rounding.
 
+There are two generations of names. ``linger`` writes the newer one; ``linger1`` is the same graph,
+spelled as the older one.
+
 A family is a module with a ``TABLE``, the translation of each of its ops, and ``SCHEMAS``, the ops
 it adds to the domain.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 from onnx.defs import OpSchema
+from onnxscript import ir
 
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
+from lightning_linger.export.generations import LINGER1_DOMAIN
 from lightning_linger.export.linger import (
     arithmetic,
     boundary,
@@ -34,6 +40,7 @@ from lightning_linger.export.linger import (
     select,
     softmax,
 )
+from lightning_linger.export.linger.older import older_schemas, respell
 from lightning_linger.export.linger.schema import DOMAIN
 from lightning_linger.export.linger.tidy import tidy
 from lightning_linger.export.schemas import register_schemas
@@ -86,7 +93,15 @@ def _check(sites: Sequence[Site]) -> None:
             raise UnsupportedError(msg)
 
 
-register_schemas([schema for family in _FAMILIES for schema in family.SCHEMAS])
+SCHEMAS = [schema for family in _FAMILIES for schema in family.SCHEMAS]
+OLDER_SCHEMAS = older_schemas(SCHEMAS)
+register_schemas([*SCHEMAS, *OLDER_SCHEMAS])
+
+
+def _finish_older(graph: ir.Graph) -> None:
+    tidy(graph)
+    respell(graph)
+
 
 LINGER = Dialect(
     name="linger",
@@ -97,4 +112,9 @@ LINGER = Dialect(
     domains={DOMAIN: 1},
     check=_check,
     finish=tidy,
+    boundary=boundary.BOUNDARY,
+)
+
+LINGER1 = dataclasses.replace(
+    LINGER, name="linger1", domains={LINGER1_DOMAIN: 1}, finish=_finish_older
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx.defs import OpSchema
 from onnxscript import ir
 
-from lightning_linger.export.dialect import Builder, Call, Translation
+from lightning_linger.export.dialect import Boundary, Builder, Call, Translation
 from lightning_linger.export.linger.attributes import (
     common_attributes,
     reciprocal,
@@ -53,6 +53,13 @@ def _requantize(builder: Builder, call: Call) -> ir.Value:
     attributes = requant_attributes(call, call.scale_x, call.scale_o, call.bits_x, call.bits)
     return builder.node("Requant", [call.x], attributes, domain=DOMAIN)
 
+
+def _grid(node: ir.Node) -> tuple[float, int]:
+    name = "scale_x" if node.op_type == "Quant" else "scale_o"
+    return 1.0 / node.attributes[name].as_float(), 0
+
+
+BOUNDARY = Boundary("Quant", "Dequant", _grid)
 
 TABLE: dict[str, Translation] = {
     "quantize": _quantize,

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 from onnx.defs import OpSchema
 
+from lightning_linger.export.generations import LINGER3_DOMAIN
 from lightning_linger.export.schemas import (
     CODE_TYPES,
     FLOAT,
@@ -21,7 +22,7 @@ from lightning_linger.export.schemas import (
     schema_of,
 )
 
-DOMAIN = "linger"
+DOMAIN = LINGER3_DOMAIN
 
 # Attributes: of every op, of some platforms, and of operands and results.
 COMMON = {"platform": STRING, "quant_mode": STRING}

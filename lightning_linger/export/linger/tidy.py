@@ -11,17 +11,13 @@ from lightning_linger.export.dialect import shape_of
 from lightning_linger.export.linger.rearrange import rearrange
 from lightning_linger.export.linger.scales import agree
 from lightning_linger.export.linger.schema import DOMAIN
-from lightning_linger.export.lowering import merge_duplicates, replace_value
+from lightning_linger.export.lowering import MOVEMENTS, merge_duplicates, replace_value
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32)
 
 
 # Ops that leave the values in their order.
 _SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
-_MOVEMENTS = (
-    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Expand", "Tile"),
-    *("Gather", "DepthToSpace", "SpaceToDepth"),
-)
 
 
 def tidy(graph: ir.Graph) -> None:
@@ -45,7 +41,7 @@ def _quantize_early(graph: ir.Graph, quant: ir.Node) -> None:
     while value is not None and not value.is_graph_input():
         move = value.producer()
         alone = len(value.uses()) == 1 and not value.is_graph_output()
-        if move is None or move.domain != "" or move.op_type not in _MOVEMENTS or not alone:
+        if move is None or move.domain != "" or move.op_type not in MOVEMENTS or not alone:
             return
         moves.append(move)
         value = move.inputs[0]

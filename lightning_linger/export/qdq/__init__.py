@@ -108,6 +108,7 @@ def qdq_dialect(name: str = "qdq", signed: bool = False) -> Dialect:
         domains={},
         check=_check,
         finish=lambda graph: finish(graph, storages),
+        boundary=boundary.BOUNDARY,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from lightning_linger.core.errors import ConfigError, LingerError, UnsupportedError
+from lightning_linger.export.generations import ALIASES, ATTRIBUTE_ALIASES, FIRST_PLATFORM
 from lightning_linger.export.runner import (
     arithmetic,
     boundary,
@@ -43,29 +44,6 @@ KERNELS: dict[str, Kernel] = {
     **arithmetic.KERNELS,
     **movement.KERNELS,
 }
-
-# Both generations of names; what is not here is its own name.
-OP_ALIASES: dict[str, str] = {
-    **{f"Conv{d}dInt": f"QConv{d}d" for d in (1, 2)},
-    **{f"ConvTranspose{d}dInt": f"QConvTranspose{d}d" for d in (1, 2)},
-    **{f"QConvBN{d}d": f"QConv{d}d" for d in (1, 2)},
-    **{f"BatchNorm{d}dInt": f"QBatchNorm{d}d" for d in (1, 2)},
-    **{f"AvgPool{d}dInt": f"QAvgPool{d}d" for d in (1, 2)},
-    **{"LinearInt": "QLinear", "iqAdd": "QAdd", "iqSub": "QSub", "iqMul": "QMul", "iqCat": "QCat"},
-    **{"iqSigmoid": "QSigmoid", "iqTanh": "QTanh", "GluInt": "QGLU"},
-    **{"SoftmaxInt": "QSoftmax", "LayerNormInt": "QLayerNorm2d", "QLayerNorm": "QLayerNorm2d"},
-    "BmmInt": "QBmm",
-    "LSTMInt": "QLSTM",
-}
-ATTRIBUTE_ALIASES: dict[str, str] = {
-    "data_bits": "x_bits",
-    "parameter_bits": "w_bits",
-    "stride": "strides",
-    "scale_i": "scale_x",
-    "dim": "axis",
-}
-
-DEFAULT_PLATFORM = "venus"
 
 
 class OnnxIntegerRunner:
@@ -121,7 +99,7 @@ class OnnxIntegerRunner:
 
     def _run_node(self, node: onnx.NodeProto, values: Mapping[str, Array]) -> list[Array]:
         inputs = [values[name] if name else None for name in node.input]
-        op_type = OP_ALIASES.get(node.op_type, node.op_type)
+        op_type = ALIASES.get(node.op_type, node.op_type)
         kernel = KERNELS.get(op_type)
         label = f"node {node.name!r} ({node.op_type})"
         try:
@@ -162,7 +140,7 @@ def _platform_of(graph: onnx.GraphProto) -> str:
     if len(found) > 1:
         msg = f"the nodes name several platforms, by example: {found}. A graph has one."
         raise UnsupportedError(msg)
-    return next(iter(found), DEFAULT_PLATFORM)
+    return next(iter(found), FIRST_PLATFORM)
 
 
 def _library_name(engine_name: str) -> str:
