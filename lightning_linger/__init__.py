@@ -22,6 +22,7 @@ from lightning_linger.ops.recurrent import fused_rnn
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
+from lightning_linger.stages.checkpoints import load_checkpoint
 from lightning_linger.stages.fuse_bn import fuse_bn
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
@@ -58,6 +59,7 @@ __all__ = [
     "fuse_bn",
     "fused_rnn",
     "integer",
+    "load_checkpoint",
     "normalize",
     "normalize_module",
     "operator",

@@ -30,6 +30,7 @@ class FuseBNCallback(StageCallback):
         modules: Globs on dotted paths of layers to fold; None folds all.
     """
 
+    stage = "fuse_bn"
     order = 0
 
     def __init__(

@@ -13,6 +13,7 @@ from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import LimitGradient, NormalizeConfig
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.stages.normalize import plan_normalize, switch_normalize
+from lightning_linger.stages.selection import NORMALIZE_MARK, Selection
 
 
 class NormalizeCallback(StageCallback):
@@ -34,6 +35,7 @@ class NormalizeCallback(StageCallback):
         overrides: Fields per glob or ``type:Name``; None leaves a layer without limits.
     """
 
+    stage = "normalize"
     order = 1
 
     def __init__(
@@ -70,9 +72,5 @@ class NormalizeCallback(StageCallback):
 
     def describe(self) -> dict[str, Any]:
         """Return what the plan depends on."""
-        return {
-            **dataclasses.asdict(self.config),
-            "types": self.types,
-            "modules": self.modules,
-            "overrides": self.overrides,
-        }
+        selection = Selection(self.types, self.modules, self.overrides, NORMALIZE_MARK)
+        return {**dataclasses.asdict(self.config), **selection.describe()}

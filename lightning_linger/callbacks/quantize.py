@@ -18,6 +18,7 @@ from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import Rounding
 from lightning_linger.platforms import platform_of
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
+from lightning_linger.stages.selection import QUANT_MARK, Selection
 from lightning_linger.stages.summary import float_sites
 
 
@@ -48,6 +49,7 @@ class QuantizeCallback(StageCallback):
         overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
     """
 
+    stage = "quantize"
     order = 2
 
     def __init__(
@@ -119,9 +121,5 @@ class QuantizeCallback(StageCallback):
 
     def describe(self) -> dict[str, Any]:
         """Return what the plan depends on."""
-        return {
-            **dataclasses.asdict(self.config),
-            "types": self.types,
-            "modules": self.modules,
-            "overrides": self.overrides,
-        }
+        selection = Selection(self.types, self.modules, self.overrides, QUANT_MARK)
+        return {**dataclasses.asdict(self.config), **selection.describe()}

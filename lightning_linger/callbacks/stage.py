@@ -9,6 +9,7 @@ from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.recipe import differences, plain_data
 
 
 class StageCallback(Callback):  # type: ignore[misc]
@@ -18,6 +19,8 @@ class StageCallback(Callback):  # type: ignore[misc]
     the middle of the run adds and removes nothing.
     """
 
+    # What the stage's plan is called.
+    stage: ClassVar[str]
     # Stages build on each other in this order.
     order: ClassVar[int]
 
@@ -88,21 +91,19 @@ def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     stages = stages_of(trainer)
     _check_order(trainer, stages)
     make_layers(module)
-    plans = {type(callback).__name__: callback.describe() for callback in stages}
+    plans = {callback.stage: plain_data(callback.describe()) for callback in stages}
     prepare_module(trainer, module, stage)
-    instrumentation = instrumentation_of(module)
-    if instrumentation.plans == plans:
-        return
-    if instrumentation.plans is not None:
+    planned = instrumentation_of(module).plans
+    if planned and planned != plans:
         msg = (
-            "The model was prepared with other arguments before. Found: "
-            f"{plans}. Prepared with: {instrumentation.plans}. HINT: keep the arguments, or "
-            "call `linger.strip(model)` to start over."
+            "The model was prepared with other arguments before: "
+            f"{'; '.join(differences(planned, plans))}. HINT: keep the arguments, or call "
+            "`linger.strip(model)` to start over."
         )
         raise misconfiguration(msg)
-    for callback in sorted(stages, key=lambda item: item.order):
-        callback.plan(module)
-    instrumentation.plans = plans
+    if not planned:
+        for callback in sorted(stages, key=lambda item: item.order):
+            callback.plan(module)
 
 
 def make_layers(module: Any) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,15 @@ from lightning_linger.core.errors import ConfigError, NotReadyError, Quantizatio
 from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
+from lightning_linger.core.recipe import (
+    FORMAT_VERSION,
+    decode,
+    differences,
+    encode,
+    graph_to_plain,
+    plain_data,
+    value_to_plain,
+)
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sites import Site, Switches, real_values
@@ -28,8 +36,6 @@ EXTRA_STATE = "_extra_state"
 
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,13 @@ class Instrumentation(nn.Module):
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
         self._mode: Any = _Mode(self)
-        # What the callbacks planned with, to recognise a model that is set up already.
-        self.plans: dict[str, Any] | None = None
+        # What each stage was planned with, in the order of planning, and the marks it found.
+        self.plans: dict[str, Any] = {}
+        self.marks: dict[str, Any] = {}
+        # The first call of a recorded forward: which module, with what kind of inputs.
+        self.example: dict[str, Any] | None = None
+        # The dataflow and the classes of the modules, as they are written into checkpoints.
+        self._recorded: dict[str, Any] = {}
         self._warned: set[str] = set()
         self._frames: dict[str, Frame] = {}
         self._handles: list[Any] = []
@@ -228,30 +239,46 @@ class Instrumentation(nn.Module):
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
             "quantizers": self._quantizer_names(),
+            "plans": self.plans,
+            "marks": self.marks,
+            "example": self.example,
+            **self._recorded,
         }
-        return torch.tensor(list(json.dumps(recipe).encode()), dtype=torch.uint8)
+        return encode(recipe)
 
     def set_extra_state(self, state: Any) -> None:
         """Switch on what was on, after checking that the quantizers are the same."""
-        recipe = json.loads(bytes(state.tolist()))
-        if recipe["format"] != FORMAT_VERSION:
-            msg = (
-                f"the checkpoint has format {recipe['format']} of the quantization state, this "
-                f"version reads {FORMAT_VERSION}. Load it with the version that wrote it."
-            )
-            raise ConfigError(msg)
+        recipe = decode(state)
         here, there = set(self._quantizer_names()), set(recipe["quantizers"])
         if there and here != there:
             msg = (
                 "the checkpoint was quantized at other sites. Only in the checkpoint: "
-                f"{sorted(there - here)[:5]}; only in the model: {sorted(here - there)[:5]}. Use "
-                "the configuration the checkpoint was trained with."
+                f"{sorted(there - here)[:5]}; only in the model: {sorted(here - there)[:5]}. "
+                f"Settings that differ: {self._differing_plans(recipe['plans'])}. Use the "
+                "configuration the checkpoint was trained with, or let "
+                "`linger.load_checkpoint` take it from the checkpoint."
             )
             raise ConfigError(msg)
         switches = self.switches
         switches.fuse, switches.fuse_mode = recipe["fuse"], recipe["fuse_mode"]
         switches.normalize, switches.quantize = recipe["normalize"], recipe["quantize"]
         self.thaw()
+
+    def note_plan(self, stage: str, plan: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
+        """Remember what a stage was planned with.
+
+        Args:
+            stage: Its name.
+            plan: Its settings.
+            marks: Marks on modules that it read, by dotted path.
+        """
+        # The latest plan stands last: what is planned first, the next one builds on.
+        self.plans.pop(stage, None)
+        self.plans[stage] = plain_data(plan)
+        self.marks[stage] = plain_data(marks)
+
+    def _differing_plans(self, plans: Mapping[str, Any]) -> str:
+        return "; ".join(differences(plans, self.plans)) or "none"
 
     def _quantizer_names(self) -> list[str]:
         return [q.name for site in self.sites for q in site.quantizers()]
@@ -265,6 +292,11 @@ class Instrumentation(nn.Module):
     def create_sites(self, graph: Graph, root: nn.Module) -> None:
         """Make one site per recorded call that has a quantized meaning."""
         self.graph = graph
+        owners = sorted({node.owner for node in graph if node.owner})
+        self._recorded = {
+            "graph": graph_to_plain(graph),
+            "owners": {path: type(root.get_submodule(path)).__name__ for path in owners},
+        }
         for node in graph:
             op = op_of(node.op)
             if op is None or not op.has_site:
@@ -276,6 +308,14 @@ class Instrumentation(nn.Module):
                 frame.sites.append({})
             frame.sites[node.invocation].setdefault(node.op, []).append(site)
         self.train(root.training)
+
+    def note_example(self, path: str, call: ModuleCall) -> None:
+        """Remember what kind of inputs the recorded call of the module at a path had."""
+        self.example = {
+            "module": path,
+            "args": value_to_plain(call.args),
+            "kwargs": value_to_plain(call.kwargs),
+        }
 
     def begin(self) -> None:
         """Enter the mode, at the outermost call of an instrumented module."""
@@ -424,7 +464,7 @@ def _keep_what_is_missing(
 ) -> None:
     """Let a checkpoint of an earlier stage load: what it does not know keeps its present value."""
     recipe = state_dict.get(prefix + EXTRA_STATE)
-    if recipe is not None and json.loads(bytes(recipe.tolist()))["quantizers"]:
+    if recipe is not None and decode(recipe)["quantizers"]:
         return
     for name, value in module.state_dict().items():
         if name != EXTRA_STATE or recipe is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -51,6 +52,7 @@ def plan_fuse_bn(
         site.__dict__["fold"] = follower.owner if follower is not None else None
         if follower is not None:
             follower.completes_fold = True
+    instrumentation.note_plan("fuse_bn", {**dataclasses.asdict(config), "modules": modules}, {})
     return model
 
 

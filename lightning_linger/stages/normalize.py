@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ def plan_normalize(
             fields, _ = selection.resolve(model, site)
             if fields is not None:
                 _attach(site, config.override(dict(fields)))
+    plan = {**dataclasses.asdict(config), **selection.describe()}
+    instrumentation.note_plan("normalize", plan, selection.marks(model))
     return model
 
 

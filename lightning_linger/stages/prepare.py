@@ -67,11 +67,7 @@ def prepare_by(
         forward: For example a training step.
         stop_after_whole: Leave ``forward`` as soon as the model itself has returned.
     """
-    if is_prepared(model):
-        msg = "the model is prepared already. Call `linger.strip(model)` to start over."
-        raise ConfigError(msg)
-    instrumentation = Instrumentation(model)
-    try:
+    with _installing(model) as instrumentation:
         runs = [
             _record(model, instrumentation, forward, training, stop_after_whole)
             for training in (False, True)
@@ -84,13 +80,31 @@ def prepare_by(
                 "modules of the model."
             )
             raise UnsupportedError(msg)
+    return model
+
+
+def prepare_from(model: nn.Module, graph: Graph) -> nn.Module:
+    """Make the sites of a dataflow that was recorded on another instance of the model's class."""
+    with _installing(model) as instrumentation:
+        instrumentation.create_sites(graph, model)
+    return model
+
+
+@contextlib.contextmanager
+def _installing(model: nn.Module) -> Iterator[Instrumentation]:
+    """Instrument a model, and take everything off again if the sites cannot be made."""
+    if is_prepared(model):
+        msg = "the model is prepared already. Call `linger.strip(model)` to start over."
+        raise ConfigError(msg)
+    instrumentation = Instrumentation(model)
+    try:
+        yield instrumentation
     except BaseException:
         instrumentation.detach_hooks()
         raise
     model.add_module(STATE_NAME, instrumentation)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     instrumentation.to(device)
-    return model
 
 
 def strip(model: nn.Module) -> nn.Module:
@@ -137,11 +151,16 @@ def _record(
             keeps_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm)
             module.training = training and not keeps_statistics
         instrumentation.recorder = recorder
+        instrumentation.calls = []
         try:
             with contextlib.suppress(WholeModelRan):
                 forward()
         finally:
             instrumentation.recorder = None
+            calls, instrumentation.calls = instrumentation.calls, None
+    if calls and instrumentation.example is None:
+        paths = {id(module): path for path, module in model.named_modules()}
+        instrumentation.note_example(paths[id(calls[0].module)], calls[0])
     return recorder.run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def plan_quantize(
             f"({'; '.join(map(str, reasons))}). Widen `types`, `modules` or `overrides`."
         )
         raise UnsupportedError(msg)
+    plan = {**dataclasses.asdict(config), **selection.describe()}
+    instrumentation.note_plan("quantize", plan, selection.marks(model))
     return model
 
 

@@ -70,6 +70,23 @@ class Selection:
         self.overrides = dict(overrides or {})
         self.mark = mark
 
+    def describe(self) -> dict[str, Any]:
+        """Return what was chosen; types stand by name, which means the same."""
+        types = self.types
+        return {
+            "types": types and [t if isinstance(t, str) else t.__name__ for t in types],
+            "modules": self.modules,
+            "overrides": self.overrides or None,
+        }
+
+    def marks(self, root: nn.Module) -> dict[str, Fields]:
+        """Return the marks on modules by dotted path."""
+        return {
+            path: module.__dict__[self.mark]
+            for path, module in root.named_modules()
+            if self.mark in module.__dict__
+        }
+
     def validate(self, root: nn.Module, sites: Iterable[Site]) -> None:
         """Check that every pattern matches something.
 
