@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
@@ -70,6 +71,77 @@ class ModuleCall:
     def __call__(self) -> Any:
         """Repeat the call."""
         return self.module(*self.args, **self.kwargs)
+
+
+class SiteCall:
+    """One call of a site, which is about to run.
+
+    Args:
+        instrumentation: Of the model.
+        site: The site.
+        system: The number system it runs in: ``float``, ``fake`` or ``integer``.
+        canonical: What the function means.
+        func: The torch function that the model has called.
+        args: Its positional arguments.
+        kwargs: Its named arguments.
+    """
+
+    def __init__(
+        self,
+        instrumentation: Instrumentation,
+        site: Site,
+        system: str,
+        canonical: Canonical,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.site = site
+        self.system = system
+        self.canonical = canonical
+        self._instrumentation = instrumentation
+        self._func = func
+        self._args = args
+        self._kwargs = kwargs
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the call writes its result into one of its arguments."""
+        kwargs = self._kwargs
+        return (
+            self.canonical.inplace or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+        )
+
+    def bound(self) -> Any:
+        """Return the arguments by name, as the op names them."""
+        return self.site.op.bind(*_in_order(self._args, self.canonical), **self._kwargs)
+
+    def run(self) -> Any:
+        """Run the call in its number system."""
+        return self._instrumentation.run_site(
+            self.site, self.system, self.canonical, self._func, self._args, self._kwargs
+        )
+
+    def run_float(self, values: Callable[[Tensor], Tensor] | None = None) -> Any:
+        """Run the call without quantization.
+
+        Args:
+            values: What stands for each tensor; by default its real values.
+        """
+        values = values or plain_values
+        found = self.site.op.run_float(self.site, tree_map_only(Tensor, values, self.bound()))
+        if found is not NotImplemented:
+            return found
+        args, kwargs = tree_map_only(Tensor, values, (self._args, self._kwargs))
+        return self._func(*args, **{**kwargs, **_out_of_place(kwargs)})
+
+
+def run_site(site_call: SiteCall) -> Any:
+    """Run a call of a site.
+
+    A function mode around the model sees this function in the place of all that the site calls.
+    """
+    return site_call.run()
 
 
 class _Mode(TorchFunctionMode):
@@ -352,26 +424,41 @@ class Instrumentation(nn.Module):
             return op.move(func, args, kwargs)
         site = self._find_site(op, args, kwargs)
         system = site.system() if site is not None else None
-        result = NotImplemented
-        if site is not None and system is not None:
+        if site is None or system is None:
+            result = self._run_plain(func, args, kwargs, canonical.inplace)
+        else:
             if system == "float" and self.switches.system == "integer":
                 args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
-            call = op.bind(*_in_order(args, canonical), **kwargs)
-            result = self._run_site(site, op, system, call)
-        if result is NotImplemented:
-            result = self._run_plain(func, args, kwargs, canonical.inplace)
+            if not capturing() and has_torch_function((self,)):
+                site_call = SiteCall(self, site, system, canonical, func, args, kwargs)
+                result = handle_torch_function(run_site, (self,), site_call)
+            else:
+                result = self.run_site(site, system, canonical, func, args, kwargs)
         if self.tap is not None and site is not None:
             self._notify(self.tap, site, canonical, func, args, kwargs, result)
         return result
 
-    def _run_site(self, site: Site, op: Op, system: str, call: Any) -> Any:
+    def run_site(
+        self,
+        site: Site,
+        system: str,
+        canonical: Canonical,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call of a site in a number system."""
+        op = site.op
+        call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "float":
-            return op.run_float(site, call)
-        run = op.run_fake if system == "fake" else op.run_integer
-        result = run(site, call)
-        if site.released and result is not NotImplemented:
-            # A clone has no tag and nobody's gradient depends on its memory.
-            return tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
+            result = op.run_float(site, call)
+        else:
+            result = (op.run_fake if system == "fake" else op.run_integer)(site, call)
+            if site.released and result is not NotImplemented:
+                # A clone has no tag and nobody's gradient depends on its memory.
+                result = tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
+        if result is NotImplemented:
+            return self._run_plain(func, args, kwargs, canonical.inplace)
         return result
 
     def _notify(
@@ -384,17 +471,8 @@ class Instrumentation(nn.Module):
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        call = site.op.bind(*_in_order(args, canonical), **kwargs)
-
-        def run_float(values: Callable[[Tensor], Tensor] = _plain_values) -> Any:
-            plain = tree_map_only(Tensor, values, call)
-            found = site.op.run_float(site, plain)
-            if found is not NotImplemented:
-                return found
-            plain_args, plain_kwargs = tree_map_only(Tensor, values, (args, kwargs))
-            return func(*plain_args, **{**plain_kwargs, **_out_of_place(kwargs)})
-
-        tap(Event(site, call, result, run_float))
+        site_call = SiteCall(self, site, site.system() or "float", canonical, func, args, kwargs)
+        tap(Event(site, site_call.bound(), result, site_call.run_float))
 
     def _find_site(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
         activation = self.stack[-1]
@@ -440,7 +518,7 @@ class Instrumentation(nn.Module):
         return func(*args, **kwargs)
 
 
-def _plain_values(x: Tensor) -> Tensor:
+def plain_values(x: Tensor) -> Tensor:
     """Return real values without a tag, in memory of their own."""
     if tag_of(x) is None:
         return x
