@@ -7,6 +7,7 @@ from lightning_linger.callbacks.normalize import NormalizeCallback
 from lightning_linger.callbacks.onnx_export import ONNXExportCallback
 from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.rng_state import RNGStateCallback
 
 __all__ = [
     "FuseBNCallback",
@@ -16,4 +17,5 @@ __all__ = [
     "ONNXExportCallback",
     "QuantErrorCallback",
     "QuantizeCallback",
+    "RNGStateCallback",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from lightning_linger.callbacks._compat import misconfiguration
@@ -65,7 +66,14 @@ def _run_step(step: Callable[..., Any], batch: Any) -> Any:
 
 
 def _first_batch(trainer: Any, module: Any, stage: str) -> Any:
-    loader = _loader(trainer, stage)
+    batch = tree_map(_peek, _loaders(trainer, stage))
+    return module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
+
+
+def _peek(loader: Any) -> Any:
+    """Read the first batch of a loader that will be read again from its start."""
+    resumable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    before = copy.deepcopy(loader.state_dict()) if resumable else None
     iterator = iter(loader)
     if iterator is loader:
         msg = (
@@ -74,14 +82,17 @@ def _first_batch(trainer: Any, module: Any, stage: str) -> Any:
         )
         raise misconfiguration(msg)
     try:
-        batch = next(iterator)
+        return next(iterator)
     except StopIteration:
         msg = "The data loader gave no batch to find the sites with. " + _HINT
         raise misconfiguration(msg) from None
-    return module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
+    finally:
+        if resumable:
+            loader.load_state_dict(before)
 
 
-def _loader(trainer: Any, stage: str) -> Any:
+def _loaders(trainer: Any, stage: str) -> Any:
+    """Return the loader, or for training a collection of loaders that are read side by side."""
     loops = {
         "fit": lambda: trainer.fit_loop,
         "validate": lambda: trainer.validate_loop,
@@ -93,8 +104,10 @@ def _loader(trainer: Any, stage: str) -> Any:
         msg = f"No data loader to take an example batch from in stage {stage!r}. " + _HINT
         raise misconfiguration(msg)
     loader = source.dataloader()
-    if stage != "fit" and isinstance(loader, list | tuple):
-        loader = loader[0]
+    # What a `CombinedLoader` combines.
+    loader = getattr(loader, "iterables", loader)
+    if stage != "fit":
+        return next(iter(tree_leaves(loader)), loader)
     return loader
 
 

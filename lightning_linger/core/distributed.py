@@ -1,0 +1,43 @@
+"""Values that all processes of a distributed run agree on; alone, everything is the identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Return the number of this process, 0 if it is alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise maximum over all processes; exact, and the same on each."""
+    if is_distributed():
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise sum over all processes, the same on each."""
+    if is_distributed():
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.SUM)
+    return x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
