@@ -88,14 +88,14 @@ def _platform_of(instrumentation: Instrumentation) -> str:
 def _kept(instrumentation: Instrumentation) -> Iterator[None]:
     """Put back what planning changes in sites, switches and the recipe of checkpoints."""
     sites = instrumentation.sites
-    plans = dict(instrumentation.plans)
+    plans, marks = dict(instrumentation.plans), dict(instrumentation.marks)
     before = [(dict(site.__dict__), dict(site._modules)) for site in sites]
     fuse_mode = instrumentation.switches.fuse_mode
     try:
         yield
     finally:
         instrumentation.switches.fuse_mode = fuse_mode
-        instrumentation.plans = plans
+        instrumentation.plans, instrumentation.marks = plans, marks
         for site, (attributes, modules) in zip(sites, before, strict=True):
             site._modules.clear()
             site._modules.update(modules)
