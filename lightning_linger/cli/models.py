@@ -75,6 +75,8 @@ def build_model(arguments: argparse.Namespace) -> nn.Module:
         state = checkpoint.get("state_dict", checkpoint)
     try:
         model = made(**kwargs)
+        if hasattr(model, "configure_model"):  # where a LightningModule may make its layers
+            model.configure_model()
     except Exception as error:  # whatever the user's class raises
         shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
         msg = f"cannot make {arguments.module}({shown}): {_said(error)} Pass other --kwargs."
@@ -207,7 +209,7 @@ def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Return the shapes of inputs as text."""
     named = [*(("", x) for x in args), *((f"{name}=", x) for name, x in kwargs.items())]
     return ", ".join(
-        f"{name}{'x'.join(map(str, x.shape)) if isinstance(x, Tensor) else x!r}"
+        name + ("x".join(map(str, x.shape)) if isinstance(x, Tensor) else repr(x))
         for name, x in named
     )
 
