@@ -86,14 +86,16 @@ def _platform_of(instrumentation: Instrumentation) -> str:
 
 @contextlib.contextmanager
 def _kept(instrumentation: Instrumentation) -> Iterator[None]:
-    """Put back what planning changes in sites and switches."""
+    """Put back what planning changes."""
     sites = instrumentation.sites
     before = [(dict(site.__dict__), dict(site._modules)) for site in sites]
     fuse_mode = instrumentation.switches.fuse_mode
+    plans, marks = dict(instrumentation.plans), dict(instrumentation.marks)
     try:
         yield
     finally:
         instrumentation.switches.fuse_mode = fuse_mode
+        instrumentation.plans, instrumentation.marks = plans, marks
         for site, (attributes, modules) in zip(sites, before, strict=True):
             site._modules.clear()
             site._modules.update(modules)

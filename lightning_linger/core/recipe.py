@@ -97,7 +97,14 @@ def graph_to_plain(graph: Graph) -> dict[str, Any]:
     for run in graph.runs:
         # Both runs hold mostly the same calls.
         indices = [nodes.setdefault(json.dumps(_node_to_plain(n)), len(nodes)) for n in run.nodes]
-        runs.append({"nodes": indices, "returned": run.returned, "aliased": sorted(run.aliased)})
+        runs.append(
+            {
+                "nodes": indices,
+                "given": sorted(run.given),
+                "returned": run.returned,
+                "aliased": sorted(run.aliased),
+            }
+        )
     return {"nodes": [json.loads(text) for text in nodes], "runs": runs}
 
 
@@ -105,7 +112,12 @@ def graph_from_plain(plain: Mapping[str, Any]) -> Graph:
     """Read a recorded dataflow."""
     nodes = [_node_from_plain(node) for node in plain["nodes"]]
     return Graph(
-        Run([nodes[i] for i in run["nodes"]], list(run["returned"]), set(run["aliased"]))
+        Run(
+            nodes=[nodes[i] for i in run["nodes"]],
+            given=set(run["given"]),
+            returned=list(run["returned"]),
+            aliased=set(run["aliased"]),
+        )
         for run in plain["runs"]
     )
 

@@ -178,7 +178,7 @@ def trained(models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        callbacks=[QuantizeCallback()],
+        callbacks=[QuantizeCallback(platform="arcs")],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -197,16 +197,30 @@ def test_a_checkpoint_knows_its_hyperparameters(run: Run, trained: Path) -> None
     assert "7x7" in out
 
 
+def test_a_checkpoint_is_checked_as_it_was_quantized(run: Run, trained: Path) -> None:
+    assert "arcs: cannot be deployed" in run("Net", "--ckpt", str(trained))[1]
+    _, out, _ = run("Net", "--ckpt", str(trained), "--platform", "venus")
+    assert "other_platform" in out
+    _, out, _ = run("Net", "--ckpt", str(trained), "--input", "1x1x300x300")
+    assert "share_memory" in out
+
+
 def test_a_state_dict(run: Run, trained: Path, tmp_path: Path) -> None:
     state = torch.load(trained, weights_only=True)["state_dict"]
-    assert any(key.startswith("_linger.") for key in state)
-    torch.save(state, tmp_path / "state.pt")
-    assert run("Net", "--kwargs", '{"kernel": 7}', "--ckpt", "state.pt")[0] == 1
+    torch.save(state, tmp_path / "quantized.pt")
+    plain = {key: value for key, value in state.items() if not key.startswith("_linger.")}
+    assert len(plain) < len(state)
+    torch.save(plain, tmp_path / "plain.pt")
+    for name, platform in (("quantized", "arcs"), ("plain", "venusa")):
+        code, out, _ = run("Net", "--kwargs", '{"kernel": 7}', "--ckpt", f"{name}.pt")
+        assert code == 1
+        assert out.startswith(f"{platform}: cannot be deployed")
 
 
 def test_a_checkpoint_that_does_not_fit(run: Run, trained: Path) -> None:
     error = refused(run("Net", "--kwargs", '{"kernel": 3}', "--ckpt", str(trained)))
     assert re.search(r"net\.ckpt' does not fit Net: .*size mismatch for conv\.weight", error)
+    assert "bare" in refused(run("Bare", "--ckpt", str(trained))).lower()
 
 
 def test_damaged_checkpoints(run: Run, tmp_path: Path) -> None:
