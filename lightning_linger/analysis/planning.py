@@ -86,11 +86,11 @@ def _platform_of(instrumentation: Instrumentation) -> str:
 
 @contextlib.contextmanager
 def _kept(instrumentation: Instrumentation) -> Iterator[None]:
-    """Put back what planning changes in sites, switches and the recipe of checkpoints."""
+    """Put back what planning changes."""
     sites = instrumentation.sites
-    plans, marks = dict(instrumentation.plans), dict(instrumentation.marks)
     before = [(dict(site.__dict__), dict(site._modules)) for site in sites]
     fuse_mode = instrumentation.switches.fuse_mode
+    plans, marks = dict(instrumentation.plans), dict(instrumentation.marks)
     try:
         yield
     finally:

@@ -7,9 +7,9 @@ import argparse
 from lightning_linger.analysis.check import check
 from lightning_linger.analysis.planning import DEFAULT_PLATFORM
 from lightning_linger.analysis.resources import resources
-from lightning_linger.cli.models import add_model_arguments, build_model, example_inputs, shapes_of
+from lightning_linger.cli.models import add_model_arguments, build_model, shapes_of
 from lightning_linger.core.errors import ConfigError, LingerError
-from lightning_linger.platforms import PLATFORMS, platform_of
+from lightning_linger.platforms import PLATFORMS
 
 _DESCRIPTION = """\
 Check a model against what is known about a target: kernels, strides, sizes, widths, memory, ops.
@@ -31,8 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--platform",
         metavar="NAME",
-        default=DEFAULT_PLATFORM,
-        help=f"the target, one of {', '.join(PLATFORMS)}; {DEFAULT_PLATFORM} by default",
+        help=f"the target, one of {', '.join(PLATFORMS)}; by default that of the checkpoint, or "
+        f"{DEFAULT_PLATFORM}",
     )
     parser.add_argument(
         "--resources",
@@ -52,19 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: If the model cannot be made, or does not run on the inputs.
         UnsupportedError: If nothing in it can be quantized.
     """
-    platform = platform_of(arguments.platform).name
-    model = build_model(arguments)
-    args, kwargs = example_inputs(arguments, model)
+    platform = arguments.platform
+    model, args, kwargs = build_model(arguments)
     try:
         findings = check(model, platform, args, kwargs)
         report = resources(model, platform, args, kwargs) if arguments.resources else None
     except LingerError:
         raise
     except Exception as error:  # whatever the user's forward raises
-        said = " ".join(str(error).split())
+        said, inputs = " ".join(str(error).split()), shapes_of(args or (), kwargs or {})
         msg = (
-            f"{type(model).__name__} does not run on the inputs {shapes_of(args, kwargs)}: {said} "
-            "Pass other shapes with --input."
+            f"{type(model).__name__} does not run on the inputs {inputs}: {said} Pass other shapes "
+            "with --input."
         )
         raise ConfigError(msg) from error
     print(findings)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lightning_linger.cli.checkpoints import read_checkpoint
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import STATE_NAME
 from lightning_linger.export.files import check_target, write_atomically
 from lightning_linger.nn.checkpoints import check_layout, convert, find_layers
+from lightning_linger.stages.checkpoints import read_checkpoint
 
 _DESCRIPTION = """\
 Convert LSTM layers with projection from one checkpoint layout to another.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import os
 import re
@@ -16,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.cli.checkpoints import read_checkpoint
-from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.instrumentation import STATE_NAME
+from lightning_linger.core.errors import ConfigError, LingerError
+from lightning_linger.stages.checkpoints import (
+    RECIPE_KEY,
+    hyper_parameters,
+    load_checkpoint,
+    read_checkpoint,
+)
 
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -46,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt",
         metavar="PATH",
         type=Path,
-        help="a Lightning checkpoint, whose hyperparameters and weights CLASS is given, or a state "
+        help="a Lightning checkpoint, which knows how CLASS was made and quantized, or a state "
         "dict; nothing in it is unpickled but tensors and plain values",
     )
     add(
@@ -56,25 +59,39 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="inputs",
         help="an example input, e.g. 1x3x32x32 or tokens=1x16:int64, once for each argument of "
-        "forward; without any, the model's example_input_array",
+        "forward; without any, those of the checkpoint, or the model's example_input_array",
     )
 
 
-def build_model(arguments: argparse.Namespace) -> nn.Module:
-    """Make the model.
+def build_model(
+    arguments: argparse.Namespace,
+) -> tuple[nn.Module, tuple[Any, ...] | None, dict[str, Any] | None]:
+    """Make the model, and positional and keyword inputs: normal values, zeros where they are whole.
+
+    The inputs are None where a checkpoint has prepared the model.
 
     Raises:
-        ConfigError: If the class cannot be found or made, or a checkpoint does not fit.
+        ConfigError: If the class cannot be found or made, a checkpoint does not fit, an input is
+            wrong, or none is given.
     """
-    made = _find_class(arguments.module)
-    kwargs = _parse_kwargs(arguments.kwargs)
-    state: Mapping[str, Any] | None = None
+    made, kwargs = _find_class(arguments.module), _parse_kwargs(arguments.kwargs)
+    args, named = _parse_inputs(arguments.inputs)
+    state: Mapping[str, Any] = {}
     if arguments.ckpt is not None:
         checkpoint = read_checkpoint(arguments.ckpt)
-        kwargs = {**_hyper_parameters(checkpoint, made), **kwargs}
+        kwargs = {**hyper_parameters(checkpoint, made), **kwargs}
         state = checkpoint.get("state_dict", checkpoint)
     try:
+        if RECIPE_KEY in state:
+            model = load_checkpoint(
+                made, arguments.ckpt, example_inputs=args, example_kwargs=named, **kwargs
+            )
+            return model, None, None
         model = made(**kwargs)
+        if hasattr(model, "configure_model"):  # where a LightningModule may make its layers
+            model.configure_model()
+    except LingerError:
+        raise
     except Exception as error:  # whatever the user's class raises
         shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
         msg = f"cannot make {arguments.module}({shown}): {_said(error)} Pass other --kwargs."
@@ -82,43 +99,9 @@ def build_model(arguments: argparse.Namespace) -> nn.Module:
     if not isinstance(model, nn.Module):
         msg = f"{arguments.module} makes a {type(model).__name__}. Name a class of nn.Module."
         raise ConfigError(msg)
-    if state is not None:
+    if arguments.ckpt is not None:
         _load_weights(model, state, arguments.ckpt)
-    return model
-
-
-def example_inputs(
-    arguments: argparse.Namespace, model: nn.Module
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword inputs: normal values, zeros where they are whole numbers.
-
-    Raises:
-        ConfigError: If a shape or a dtype is wrong, or nothing is given.
-    """
-    if not arguments.inputs:
-        example = getattr(model, "example_input_array", None)
-        if example is None:
-            msg = (
-                f"{type(model).__name__} has no example_input_array. Pass --input with the shape "
-                "of each argument of its forward."
-            )
-            raise ConfigError(msg)
-        if isinstance(example, dict):
-            return (), example
-        return (example if isinstance(example, tuple) else (example,)), {}
-    generator = torch.Generator().manual_seed(0)
-    positional: list[Tensor] = []
-    named: dict[str, Any] = {}
-    for text in arguments.inputs:
-        name, tensor = _parse_input(text, generator)
-        if name is not None:
-            named[name] = tensor
-        elif named:
-            msg = f"the input {text!r} without a name stands behind one with a name. Put it first."
-            raise ConfigError(msg)
-        else:
-            positional.append(tensor)
-    return tuple(positional), named
+    return model, *((args, named) if args is not None else _example_of(model))
 
 
 # --- the class ----------------------------------------------------------------------------------
@@ -156,33 +139,48 @@ def _parse_kwargs(text: str) -> dict[str, Any]:
     return kwargs
 
 
-def _hyper_parameters(checkpoint: Mapping[str, Any], made: Any) -> dict[str, Any]:
-    """Return the hyperparameters that the class takes."""
-    found = checkpoint.get("hyper_parameters")
-    if not isinstance(found, Mapping):
-        return {}
-    parameters = inspect.signature(made).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(found)
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in found.items() if name in names}
-
-
 def _load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
-    """Load the weights; what a quantize stage has added is left out."""
-    weights = {
-        key: value
-        for key, value in state.items()
-        if isinstance(key, str) and STATE_NAME not in key.split(".")
-    }
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state)
     except Exception as error:  # a RuntimeError, or what a hook of the model raises
         msg = f"{str(source)!r} does not fit {type(model).__name__}: {_said(error)}"
         raise ConfigError(msg) from error
 
 
 # --- inputs -------------------------------------------------------------------------------------
+
+
+def _example_of(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        msg = (
+            f"{type(model).__name__} has no example_input_array. Pass --input with the shape of "
+            "each argument of its forward."
+        )
+        raise ConfigError(msg)
+    if isinstance(example, dict):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _parse_inputs(
+    texts: Sequence[str],
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | tuple[None, None]:
+    if not texts:
+        return None, None
+    generator = torch.Generator().manual_seed(0)
+    positional: list[Tensor] = []
+    named: dict[str, Tensor] = {}
+    for text in texts:
+        name, tensor = _parse_input(text, generator)
+        if name is not None:
+            named[name] = tensor
+        elif named:
+            msg = f"the input {text!r} without a name stands behind one with a name. Put it first."
+            raise ConfigError(msg)
+        else:
+            positional.append(tensor)
+    return tuple(positional), named
 
 
 def _parse_input(text: str, generator: torch.Generator) -> tuple[str | None, Tensor]:
@@ -207,7 +205,7 @@ def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Return the shapes of inputs as text."""
     named = [*(("", x) for x in args), *((f"{name}=", x) for name, x in kwargs.items())]
     return ", ".join(
-        f"{name}{'x'.join(map(str, x.shape)) if isinstance(x, Tensor) else x!r}"
+        name + ("x".join(map(str, x.shape)) if isinstance(x, Tensor) else repr(x))
         for name, x in named
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,14 @@ def test_what_is_left_out_of_the_quantize_stage_is_named() -> None:
     (found,) = linger.check(model, "venusa", SEVEN)
     assert (found.rule, found.site) == ("float_op", "net.1/conv2d/0")
     assert found.found == "marked on the module"
+
+
+def test_a_model_from_a_checkpoint_is_checked_alike(tmp_path: Path) -> None:
+    model = quantized(seven())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    twin = linger.load_checkpoint(seven, tmp_path / "model.pt")
+    assert list(linger.check(twin)) == list(linger.check(model)) != []
+    assert list(linger.resources(twin)) == list(linger.resources(model))
 
 
 def test_keyword_inputs() -> None:
