@@ -10,10 +10,11 @@ from torch import nn
 
 import lightning_linger as linger
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
-from lightning_linger.export.generations import ALIASES, LINGER1
+from lightning_linger.export.generations import ALIASES, ATTRIBUTE_ALIASES, LINGER1
 from lightning_linger.export.linger import OLDER_SCHEMAS, SCHEMAS
 from lightning_linger.export.linger.older import respell
 from lightning_linger.export.runner.interpreter import KERNELS
+from lightning_linger.export.runner.step import kind_of
 from tests.models import Lambda
 
 
@@ -207,6 +208,14 @@ def test_every_name_has_a_schema_and_a_kernel():
         known = set(newer[op_type].attributes)
         stars = {name for name in spelling.implied if "*" in name}
         assert set(spelling.renamed) | set(spelling.implied) - stars <= known
+
+
+def test_the_runner_knows_the_kind_of_every_attribute():
+    for schema in (*SCHEMAS, *OLDER_SCHEMAS):
+        for name, attribute in schema.attributes.items():
+            if name not in ("castor_mode", "mode", "dropout"):
+                kind = kind_of(ATTRIBUTE_ALIASES.get(name, name))
+                assert kind == attribute.type.name
 
 
 def test_attributes_that_only_older_exporters_add_pass_the_checker():

@@ -123,3 +123,164 @@ def test_errors_name_the_node():
     runner = OnnxIntegerRunner(graph([node("Relu", ["x"], ["y"])], "x", "y"))
     with pytest.raises(linger.ConfigError, match=r"Missing: \['x'\]; unknown: \['z'\]"):
         runner.run({"z": CODES})
+
+
+# --- what other tools write -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", ["", "thinker", "linger", "something"])
+def test_domains_are_ignored(domain):
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[1, 0], domain=domain),
+        node("iqAdd", ["t", "t"], ["y"], domain=domain, **{**ADD, "scale_y": 32.0}),
+    ]
+    found = OnnxIntegerRunner(graph(nodes, "x", "y")).run({"x": CODES})["y"]
+    assert found.tolist() == [[-128], [-2], [0], [6], [127]]
+
+
+def test_axes_may_be_attributes_as_before_and_operands_as_now():
+    axes = {"a": np.array([0]), "b": np.array([1, 2])}
+    nodes = [
+        node("Squeeze", ["x"], ["s"], axes=[0], domain="linger"),
+        node("Unsqueeze", ["s"], ["u"], axes=[0, 2]),
+        node("Squeeze", ["u", "a"], ["v"]),
+        node("Unsqueeze", ["v", "b"], ["w"]),
+        node("Squeeze", ["w"], ["y"]),
+    ]
+    runner = OnnxIntegerRunner(graph(nodes, "x", "y", axes))
+    values = runner.trace({"x": CODES})
+    shapes = [values[name].shape for name in "suvwy"]
+    assert shapes == [(5,), (1, 5, 1), (5, 1), (5, 1, 1, 1), (5,)]
+    assert np.array_equal(values["y"], CODES[0])
+
+
+def test_plain_ops_on_codes_keep_their_type():
+    constants = {
+        **{"shape": np.array([5, 1]), "starts": np.array([1]), "ends": np.array([4])},
+        "axes": np.array([0]),
+    }
+    pool = {"kernel_shape": [1, 2], "strides": [1, 1], "pads": [0, 0, 0, 1]}
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Reshape", ["r", "shape"], ["column"]),
+        node("Slice", ["column", "starts", "ends", "axes"], ["cut"]),
+        node("Unsqueeze", ["x", "axes"], ["one"]),
+        node("Unsqueeze", ["one", "axes"], ["image"]),
+        node("MaxPool", ["image"], ["pooled"], **pool),
+        node("Flatten", ["pooled"], ["row"], axis=1),
+    ]
+    runner = OnnxIntegerRunner(graph(nodes, "x", ["cut", "row"], constants))
+    found = runner.run({"x": CODES})
+    assert found["cut"].tolist() == [[0], [0], [5]]
+    assert found["row"].tolist() == [[-3, 0, 5, 127, 127]]
+    assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
+
+
+def test_nodes_may_come_in_any_order():
+    nodes = [node("Relu", ["a"], ["y"]), node("Neg", ["b"], ["a"]), node("Neg", ["x"], ["b"])]
+    model = graph(nodes, "x", "y")
+    before = model.SerializeToString()
+    assert np.array_equal(OnnxIntegerRunner(model).run({"x": CODES})["y"], np.maximum(CODES, 0))
+    assert model.SerializeToString() == before
+
+
+def test_a_dump_holds_every_tensor(tmp_path):
+    nodes = [node("Relu", ["x"], ["/act/0"]), node("iqAdd", ["/act/0", "x"], ["y"], **ADD)]
+    runner = OnnxIntegerRunner(graph(nodes, "x", "y"))
+    path = tmp_path / "tensors.npz"
+    found = runner.run({"x": CODES}, dump=path)
+    with np.load(path) as dumped:
+        assert set(dumped.files) == {"x", "/act/0", "y"}
+        assert np.array_equal(dumped["/act/0"], np.maximum(CODES, 0))
+        assert np.array_equal(dumped["y"], found["y"])
+    with pytest.raises(linger.ConfigError, match="does not exist"):
+        runner.run({"x": CODES}, dump=tmp_path / "none" / "tensors.npz")
+    with pytest.raises(linger.ConfigError, match="Missing"):
+        runner.run({}, dump=tmp_path / "other.npz")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tensors.npz"]
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+POOL = {"kernel_shape": [2, 2], "strides": [1, 1], "pads": [0, 0, 0, 0]}
+CONV = {
+    **{**POOL, "dilations": [1, 1], "group": 1, "scale_x": 1.0, "scale_w": 1.0, "scale_o": 1.0},
+    **{"data_bits": 8, "parameter_bits": 8, "o_bits": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "match"),
+    [
+        ("QAdd", ADD | {"scale_x": "4"}, "'scale_x' must be FLOAT. Found: '4'"),
+        ("QAdd", ADD | {"scale_o": [4.0]}, "'scale_o' must be FLOAT"),
+        ("QAdd", ADD | {"o_bits": 8.5}, "'o_bits' must be INT"),
+        ("QAdd", ADD | {"o_bits": 99}, "o_bits must be from 2 to 32. Found: 99"),
+        ("QAdd", ADD | {"scale_x": 0.0}, "scale_x must be a power of two"),
+        ("QAdd", ADD | {"scale_x": float("nan")}, "scale_x must be a power of two"),
+        ("QAdd", ADD | {"scale_x": 2.0**100}, "from 2.-64 to 2.64"),
+        ("QAdd", ADD | {"quant_mode": 3}, "'quant_mode' must be STRING"),
+        ("Conv2dInt", CONV | {"pads": 1}, "'pads' must be INTS. Found: 1"),
+        ("Conv2dInt", CONV | {"pads": [0, 0]}, r"pads must be 4 numbers from 0 on. Found: \[0, 0"),
+        ("Conv2dInt", CONV | {"pads": [-1, 0, 0, 0]}, "pads must be 4 numbers"),
+        ("Conv2dInt", CONV | {"strides": [0, 1]}, "strides must be 2 numbers from 1 on"),
+        ("Conv2dInt", CONV | {"kernel_shape": [2, 3]}, "kernel_shape is .2, 3., and the weight's"),
+        ("Conv2dInt", CONV | {"pads": [2**20] * 4}, "more than 268435456 are not run"),
+        ("ConvTranspose2dInt", CONV | {"strides": [2**20] * 2}, "more than 268435456 are not run"),
+        ("MaxPool", POOL | {"pads": [2**20] * 4}, "more than 268435456 are not run"),
+        ("AvgPool2dInt", POOL | {"scale_x": 1.0, "scale_o": 1.0, "ceil_mode": 1}, "ceil_mode=1"),
+        ("Expand", {}, "Expand.* more than 268435456 are not run"),
+        ("Tile", {}, "Tile.* more than 268435456 are not run"),
+        ("ConstantOfShape", {}, "more than 268435456 are not run"),
+    ],
+)
+def test_bad_attributes_are_named(op_type, attributes, match):
+    constants = {"w": np.ones((1, 1, 2, 2), np.int8), "large": np.array([1, 1, 2**20, 2**20])}
+    x = np.ones((1, 1, 4, 4), np.int8)
+    inputs = {"QAdd": ["x", "x"], "MaxPool": ["x"], "ConstantOfShape": ["large"]}
+    plain = ["x", "large"] if op_type in ("Expand", "Tile") else ["x", "w"]
+    model = graph(
+        [node(op_type, inputs.get(op_type, plain), ["y"], **attributes)], "x", "y", constants
+    )
+    with pytest.raises(linger.UnsupportedError, match=match) as caught:
+        OnnxIntegerRunner(model).run({"x": x})
+    assert f"node '{op_type}_y'" in str(caught.value)
+
+
+def test_real_edges_of_codes_are_refused():
+    edges = {"low": np.float32(0), "high": np.float32(6)}
+    model = graph([node("Clip", ["x", "low", "high"], ["y"])], "x", "y", edges)
+    with pytest.raises(linger.UnsupportedError, match="edges of codes have to be codes"):
+        OnnxIntegerRunner(model).run({"x": CODES})
+    assert OnnxIntegerRunner(model).run({"x": np.float32([7.0])})["y"].tolist() == [6.0]
+
+
+def test_graphs_that_cannot_be_followed_are_refused():
+    cycle = [node("Neg", ["b"], ["a"]), node("Add", ["a", "x"], ["b"]), node("Relu", ["b"], ["y"])]
+    with pytest.raises(linger.ConfigError, match=r"node 'Neg_a' .* the graph is a cycle"):
+        OnnxIntegerRunner(graph(cycle, "x", "y"))
+    with pytest.raises(linger.ConfigError, match="reads 'gone', which nothing makes"):
+        OnnxIntegerRunner(graph([node("Relu", ["gone"], ["y"])], "x", "y"))
+    with pytest.raises(linger.ConfigError, match="an output reads 'y', which nothing makes"):
+        OnnxIntegerRunner(graph([node("Relu", ["x"], ["z"])], "x", "y"))
+    with pytest.raises(linger.ConfigError, match="'y' is made more than once"):
+        OnnxIntegerRunner(graph([node("Relu", ["x"], ["y"]), node("Neg", ["x"], ["y"])], "x", "y"))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    weight = {"w": np.ones((4, 3), np.int8)}
+    model = graph([node("Add", ["x", "w"], ["y"])], "x", "y", weight)
+    for content in (b"", b"no onnx at all", b"\x08"):
+        path = tmp_path / "model.onnx"
+        path.write_bytes(content)
+        with pytest.raises(linger.ConfigError, match=r"model\.onnx"):
+            OnnxIntegerRunner(path)
+    model.graph.initializer[0].raw_data = b"short"
+    with pytest.raises(linger.ConfigError, match="the initializer 'w' cannot be read"):
+        OnnxIntegerRunner(model)
+
+
+def test_a_node_has_to_give_all_its_outputs():
+    model = graph([node("Relu", ["x"], ["y", "z"])], "x", ["y", "z"])
+    with pytest.raises(linger.UnsupportedError, match="has 2 outputs, and gives 1"):
+        OnnxIntegerRunner(model).run({"x": CODES})

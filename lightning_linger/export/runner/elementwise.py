@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.integer import code_limits
 from lightning_linger.export.runner.step import ROUNDING, Array, Kernel, Step, to_array
 from lightning_linger.ops.add import integer_add
@@ -69,7 +70,14 @@ def _relu(step: Step) -> Array:
 def _clip(step: Step) -> Array:
     x = step.array(0)
     edges = [*step.inputs[1:], None, None][:2]
-    low, high = (None if edge is None else edge.astype(x.dtype) for edge in edges)
+    real = [edge for edge in edges if edge is not None and edge.dtype != x.dtype]
+    if real and np.issubdtype(x.dtype, np.integer):
+        msg = (
+            f"{step.label}: the edges of codes have to be codes. Found {real[0].dtype} at "
+            f"{x.dtype}; divide them by the step of the codes."
+        )
+        raise UnsupportedError(msg)
+    low, high = edges
     return x if low is None and high is None else np.clip(x, low, high)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,17 @@ import numpy as np
 import onnx
 
 from lightning_linger.core.errors import ConfigError, LingerError, UnsupportedError
-from lightning_linger.export.generations import ALIASES, ATTRIBUTE_ALIASES, FIRST_PLATFORM
+from lightning_linger.export.files import check_target, write_atomically
+from lightning_linger.export.generations import ALIASES, ATTRIBUTE_ALIASES
+from lightning_linger.export.reading import (
+    Source,
+    attributes_of,
+    constants_of,
+    input_names,
+    label_of,
+    platform_of,
+    read_model,
+)
 from lightning_linger.export.runner import (
     arithmetic,
     boundary,
@@ -26,7 +37,7 @@ from lightning_linger.export.runner import (
     softmax,
 )
 from lightning_linger.export.runner.plain import run_plain
-from lightning_linger.export.runner.step import Array, Kernel, Step
+from lightning_linger.export.runner.step import Array, Kernel, Step, check_types
 from lightning_linger.platforms import PLATFORMS
 
 # By the newer generation's names.
@@ -47,7 +58,9 @@ KERNELS: dict[str, Kernel] = {
 
 
 class OnnxIntegerRunner:
-    """Interprets a graph of the ``linger`` dialect in integers.
+    """Interprets a graph of the ``linger`` dialect in integers, in either generation of its names.
+
+    The domains of nodes are ignored, as the engine's packer does.
 
     Args:
         model: Path of a file, its bytes, or a loaded model.
@@ -58,89 +71,90 @@ class OnnxIntegerRunner:
         output_names: Names of the graph's outputs.
 
     Raises:
-        ConfigError: If there is no such file, or it holds no ONNX model.
+        ConfigError: If there is no such file, or it holds no ONNX model, or a damaged one.
         UnsupportedError: If the nodes name several platforms.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | bytes | onnx.ModelProto) -> None:
-        self.model = _load(model)
+    def __init__(self, model: Source) -> None:
+        self.model = read_model(model)
         graph = self.model.graph
-        self.constants: dict[str, Array] = {
-            tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer
-        }
-        # Older exporters list the initializers among the inputs too.
-        self.input_names = [v.name for v in graph.input if v.name not in self.constants]
+        self.constants: dict[str, Array] = constants_of(graph)
+        self.input_names = input_names(graph)
         self.output_names = [v.name for v in graph.output]
-        self.platform = _platform_of(graph)
+        self.platform = platform_of(graph)
         self._kernel_platform = _library_name(self.platform)
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], dump: str | os.PathLike[str] | None = None
+    ) -> dict[str, Array]:
         """Run the graph.
 
         Args:
             inputs: An array per graph input. Where the graph quantizes an input, the codes
                 themselves (an integer array) may be given instead of real values; where it does
                 not, the scale of the op that reads them types them.
+            dump: A ``.npz`` file to write, with every tensor of :meth:`trace` by name.
 
         Returns:
             An array per graph output, in the graph's dtype.
+
+        Raises:
+            ConfigError: If an input is missing or unknown, or the dump cannot be written.
+            UnsupportedError: If a node has no integer meaning here; names the node and its op.
+        """
+        target = None if dump is None else check_target(dump)
+        values = self.trace(inputs)
+        if target is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, **values)  # type: ignore[arg-type]
+            write_atomically(target, buffer.getvalue())
+        return {
+            name: values[name] if name in values else self.constants[name]
+            for name in self.output_names
+        }
+
+    def trace(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph and return its inputs and everything that is computed, by name.
+
+        Args:
+            inputs: See :meth:`run`.
 
         Raises:
             ConfigError: If an input is missing or unknown.
             UnsupportedError: If a node has no integer meaning here; names the node and its op.
         """
         _check_names(self.input_names, inputs)
-        values: dict[str, Array] = {**self.constants}
-        values.update({name: np.asarray(array) for name, array in inputs.items()})
+        values = {name: np.asarray(array) for name, array in inputs.items()}
         for node in self.model.graph.node:
-            results = self._run_node(node, values)
-            values.update(zip(node.output, results, strict=False))
-        return {name: values[name] for name in self.output_names}
+            results = zip(node.output, self._run_node(node, values), strict=False)
+            values.update((name, result) for name, result in results if name)
+        return values
 
     def _run_node(self, node: onnx.NodeProto, values: Mapping[str, Array]) -> list[Array]:
-        inputs = [values[name] if name else None for name in node.input]
-        op_type = ALIASES.get(node.op_type, node.op_type)
-        kernel = KERNELS.get(op_type)
-        label = f"node {node.name!r} ({node.op_type})"
+        inputs = [
+            None if not name else values[name] if name in values else self.constants[name]
+            for name in node.input
+        ]
+        kernel = KERNELS.get(ALIASES.get(node.op_type, node.op_type))
+        label = label_of(node)
         try:
-            if kernel is not None:
-                found = kernel(Step(label, _attributes(node), inputs, self._kernel_platform))
-                return list(found) if isinstance(found, tuple) else [found]
-            if node.domain not in ("", "ai.onnx"):
-                msg = f"{label}: the domain {node.domain!r} has no op of this name that is known."
-                raise UnsupportedError(msg)
-            return run_plain(node, inputs, _opset_version(self.model))
+            if kernel is None:
+                found = run_plain(node, inputs, _opset_version(self.model))
+            else:
+                attributes = _attributes(node)
+                check_types(label, attributes)
+                result = kernel(Step(label, attributes, inputs, self._kernel_platform))
+                found = list(result) if isinstance(result, tuple) else [result]
         except LingerError:
             raise
         except Exception as error:
             msg = f"{label} cannot be run: {type(error).__name__}: {error}"
             raise UnsupportedError(msg) from error
-
-
-def _load(model: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx.ModelProto:
-    if isinstance(model, onnx.ModelProto):
-        return model
-    try:
-        if isinstance(model, bytes):
-            return onnx.load_from_string(model)
-        return onnx.load(os.fspath(model))
-    except Exception as error:
-        shown = "bytes" if isinstance(model, bytes) else repr(os.fspath(model))
-        msg = f"cannot read an ONNX model from {shown}: {error}"
-        raise ConfigError(msg) from error
-
-
-def _platform_of(graph: onnx.GraphProto) -> str:
-    found = {
-        attribute.s.decode(): node.name
-        for node in graph.node
-        for attribute in node.attribute
-        if attribute.name == "platform"
-    }
-    if len(found) > 1:
-        msg = f"the nodes name several platforms, by example: {found}. A graph has one."
-        raise UnsupportedError(msg)
-    return next(iter(found), FIRST_PLATFORM)
+        wanted = max((i + 1 for i, name in enumerate(node.output) if name), default=0)
+        if len(found) < wanted:
+            msg = f"{label} has {wanted} outputs, and gives {len(found)}."
+            raise UnsupportedError(msg)
+        return found
 
 
 def _library_name(engine_name: str) -> str:
@@ -163,12 +177,8 @@ def _check_names(names: list[str], inputs: Mapping[str, Array]) -> None:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return the attributes by the names of the newer generation."""
-    result: dict[str, Any] = {}
-    for attribute in node.attribute:
-        value = onnx.helper.get_attribute_value(attribute)
-        name = ATTRIBUTE_ALIASES.get(attribute.name, attribute.name)
-        result[name] = value.decode() if isinstance(value, bytes) else value
-    return result
+    found = attributes_of(node)
+    return {ATTRIBUTE_ALIASES.get(name, name): value for name, value in found.items()}
 
 
 def _opset_version(model: onnx.ModelProto) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from lightning_linger.export.runner.step import (
     Array,
     Kernel,
     Step,
+    check_padded,
     padded,
+    refuse_huge,
     split_pads,
     to_array,
     to_tensor,
@@ -64,7 +67,12 @@ def layer_arguments(step: Step, dims_after_channel: int) -> dict[str, Any]:
 def _conv(dims: int, transposed: bool) -> Callable[[Step], Array]:
     def run(step: Step) -> Array:
         x = step.codes(0)
-        before, after = split_pads(step.get("pads"))
+        strides, ones = step.sizes("strides", dims, 1), [1] * dims
+        dilations = step.sizes("dilations", dims, 1, ones)
+        before, after = split_pads(step.sizes("pads", 2 * dims))
+        extra = step.sizes("output_padding", dims, 0, [0] * dims)
+        check_padded(step, x, before, after)
+        _check_kernel(step, dims)
         arguments = layer_arguments(step, dims)
         if transposed:
             # Its rows are the input channels.
@@ -73,20 +81,34 @@ def _conv(dims: int, transposed: bool) -> Callable[[Step], Array]:
                 msg = f"{step.label}: uneven pads of a transposed convolution are not supported."
                 raise UnsupportedError(msg)
         elif before != after:
-            x, before = padded(x, before, after, 0), [0] * dims
+            x, before = padded(step, x, before, after, 0), [0] * dims
+        if transposed:
+            spread = zip(
+                x.shape[2:], strides, dilations, step.get("kernel_shape"), extra, strict=True
+            )
+            sizes = ((n - 1) * stride + d * (k - 1) + e + 1 for n, stride, d, k, e in spread)
+            refuse_huge(step.label, x.shape[0] * arguments["weight"].shape[1] * math.prod(sizes))
         y = integer_conv(
             x=x,
-            stride=list(step.get("strides")),
+            stride=strides,
             padding=before,
-            dilation=list(step.attributes.get("dilations", [1] * dims)),
+            dilation=dilations,
             groups=int(step.attributes.get("group", 1)),
             transposed=transposed,
-            output_padding=list(step.attributes.get("output_padding", [0] * dims)),
+            output_padding=extra,
             **arguments,
         )
         return to_array(y)
 
     return run
+
+
+def _check_kernel(step: Step, dims: int) -> None:
+    """Refuse a kernel that is not that of the weight: the packer does, too."""
+    shape, kernel = list(step.array(1).shape), step.sizes("kernel_shape", dims, 1)
+    if len(shape) != dims + 2 or shape[2:] != kernel:
+        msg = f"{step.label}: kernel_shape is {kernel}, and the weight's shape {shape}."
+        raise UnsupportedError(msg)
 
 
 def _linear(step: Step) -> Array:

@@ -10,6 +10,7 @@ from lightning_linger.export.runner.step import (
     Array,
     Kernel,
     Step,
+    check_padded,
     padded,
     split_pads,
     to_array,
@@ -27,17 +28,19 @@ def _refuse_ceil_mode(step: Step) -> None:
 def _avg_pool(step: Step) -> Array:
     _refuse_ceil_mode(step)
     x = step.codes(0)
-    before, after = split_pads(step.get("pads"))
+    kernel = step.sizes("kernel_shape", x.dim() - 2, 1)
+    before, after = split_pads(step.sizes("pads", 2 * len(kernel)))
+    check_padded(step, x, before, after)
     counts_pads = bool(step.attributes.get("count_include_pad", 1))
     if before != after:
         if not counts_pads:
             msg = f"{step.label}: uneven pads that do not count are not supported."
             raise UnsupportedError(msg)
-        x, before = padded(x, before, after, 0), [0] * len(before)
+        x, before = padded(step, x, before, after, 0), [0] * len(before)
     y = integer_avg_pool(
         x,
-        list(step.get("kernel_shape")),
-        list(step.get("strides")),
+        kernel,
+        step.sizes("strides", len(kernel), 1),
         before,
         False,
         counts_pads,
@@ -54,17 +57,18 @@ def _avg_pool(step: Step) -> Array:
 def _max_pool(step: Step) -> Array:
     _refuse_ceil_mode(step)
     x = to_tensor(step.array(0))
-    kernel = list(step.get("kernel_shape"))
-    before, after = split_pads(step.attributes.get("pads", [0] * (2 * len(kernel))))
+    kernel = step.sizes("kernel_shape", x.dim() - 2, 1)
+    before, after = split_pads(step.sizes("pads", 2 * len(kernel), 0, [0] * (2 * len(kernel))))
+    check_padded(step, x, before, after)
     if before != after or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
         lowest = -float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
-        x, before = padded(x, before, after, lowest), [0] * len(kernel)  # type: ignore[arg-type]
+        x, before = padded(step, x, before, after, lowest), [0] * len(kernel)  # type: ignore[arg-type]
     y = integer_max_pool(
         x,
         kernel,
-        list(step.attributes.get("strides", [1] * len(kernel))),
+        step.sizes("strides", len(kernel), 1, [1] * len(kernel)),
         before,
-        list(step.attributes.get("dilations", [1] * len(kernel))),
+        step.sizes("dilations", len(kernel), 1, [1] * len(kernel)),
         False,
         step.platform,
     )

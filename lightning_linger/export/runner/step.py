@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ Array = NDArray[Any]
 
 # Every engine of the dialect rounds this way, whatever a node says.
 ROUNDING = "half_up"
+
+_LARGEST_SCALE = 2.0**64
+# No tensor of a chip has as many; a damaged file may ask for more than there is memory.
+MAX_ELEMENTS = 2**28
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,28 @@ class Step:
     def step(self, name: str) -> float:
         """Return the step (``real = step * code``) that a scale attribute means."""
         scale = float(self.get(name))
-        if not is_power_of_two(scale):
-            msg = f"{self.label}: {name} must be a power of two. Found: {scale}."
+        if not is_power_of_two(scale) or not 1 / _LARGEST_SCALE <= scale <= _LARGEST_SCALE:
+            msg = f"{self.label}: {name} must be a power of two from 2^-64 to 2^64. Found: {scale}."
             raise UnsupportedError(msg)
         return 1.0 / scale
 
     def bits(self, name: str, default: int = 8) -> int:
         """Return a width."""
-        return int(self.attributes.get(name, default))
+        bits = int(self.attributes.get(name, default))
+        if not 2 <= bits <= 32:
+            msg = f"{self.label}: {name} must be from 2 to 32. Found: {bits}."
+            raise UnsupportedError(msg)
+        return bits
+
+    def sizes(
+        self, name: str, count: int, least: int = 0, default: list[int] | None = None
+    ) -> list[int]:
+        """Return numbers of a window, from ``least`` on."""
+        sizes = list(self.get(name) if default is None else self.attributes.get(name, default))
+        if len(sizes) != count or any(not least <= size <= MAX_ELEMENTS for size in sizes):
+            msg = f"{self.label}: {name} must be {count} numbers from {least} on. Found: {sizes}."
+            raise UnsupportedError(msg)
+        return sizes
 
     def array(self, index: int) -> Array:
         """Return an input that the node must have."""
@@ -70,6 +89,56 @@ class Step:
         if np.issubdtype(array.dtype, np.floating):
             return quantized(to_tensor(array), self.step(scale), self.bits(bits), self.platform)
         return to_tensor(array)
+
+
+# What the attributes of the engine's ops hold. Others are not read.
+_LISTS = ("kernel_shape", "strides", "pads", "dilations", "output_padding", "axes")
+_TEXTS = ("platform", "quant_mode", "platform_quant")
+_NUMBERS = (
+    *("axis", "group", "groups", "zero_point", "ceil_mode", "count_include_pad"),
+    *("divisor_override", "input_size", "hidden_size", "num_layers", "batch_first", "go_forward"),
+    *("has_hidden", "has_cell"),
+)
+
+
+def kind_of(name: str) -> str | None:
+    """Return what an attribute holds (``FLOAT``, ``INT``, ``INTS``, ``STRING``), None if any."""
+    if name in _LISTS:
+        return "INTS"
+    if name in _TEXTS:
+        return "STRING"
+    if name.startswith("scale_") or name == "epsilon":
+        return "FLOAT"
+    return "INT" if name in _NUMBERS or name.endswith("_bits") else None
+
+
+def check_types(label: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse attributes that hold something else than their name says.
+
+    Args:
+        label: Names the node.
+        attributes: By the newer generation's names. A whole number is a number too.
+    """
+    for name, value in attributes.items():
+        kind = kind_of(name)
+        if kind is not None and not _IS_KIND[kind](value):
+            msg = f"{label}: the attribute {name!r} must be {kind}. Found: {value!r:.80}."
+            raise UnsupportedError(msg)
+
+
+_IS_KIND: dict[str, Callable[[Any], bool]] = {
+    "FLOAT": lambda value: isinstance(value, int | float),
+    "INT": lambda value: isinstance(value, int),
+    "INTS": lambda value: isinstance(value, list) and all(isinstance(v, int) for v in value),
+    "STRING": lambda value: isinstance(value, str),
+}
+
+
+def refuse_huge(label: str, elements: int) -> None:
+    """Refuse a tensor that no chip has the memory for, before it is made."""
+    if elements > MAX_ELEMENTS:
+        msg = f"{label} would make {elements} numbers; more than {MAX_ELEMENTS} are not run."
+        raise UnsupportedError(msg)
 
 
 # One array, or as many as the node has outputs.
@@ -101,7 +170,19 @@ def split_pads(pads: Sequence[int]) -> tuple[list[int], list[int]]:
     return list(pads[:half]), list(pads[half:])
 
 
-def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: int) -> Tensor:
+def check_padded(step: Step, x: Tensor, before: Sequence[int], after: Sequence[int]) -> None:
+    """Refuse pads that make a tensor of another rank, or a huge one."""
+    if x.dim() != len(before) + 2:
+        msg = f"{step.label} needs {len(before) + 2} dimensions. Found: {list(x.shape)}."
+        raise UnsupportedError(msg)
+    sides = zip(x.shape[2:], before, after, strict=True)
+    refuse_huge(step.label, math.prod(x.shape[:2]) * math.prod(map(sum, sides)))
+
+
+def padded(
+    step: Step, x: Tensor, before: Sequence[int], after: Sequence[int], value: int
+) -> Tensor:
     """Pad the trailing dimensions."""
+    check_padded(step, x, before, after)
     sides = [n for pair in reversed(list(zip(before, after, strict=True))) for n in pair]
     return F.pad(x, sides, value=value)
