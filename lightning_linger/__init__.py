@@ -5,6 +5,7 @@ What you train is, bit for bit, what the chip runs.
 
 from lightning_linger.__about__ import __version__
 from lightning_linger.analysis.check import check
+from lightning_linger.analysis.dumps import Dumper, compare_references, diff_dumps, read_dump
 from lightning_linger.analysis.resources import resources
 from lightning_linger.core.config import FuseConfig, Limit, NormalizeConfig, QuantConfig
 from lightning_linger.core.errors import (
@@ -39,6 +40,7 @@ __all__ = [
     "LSTMP",
     "UBLSTMP",
     "ConfigError",
+    "Dumper",
     "FuseConfig",
     "Limit",
     "LingerError",
@@ -52,6 +54,8 @@ __all__ = [
     "__version__",
     "calibrate",
     "check",
+    "compare_references",
+    "diff_dumps",
     "disable_normalize",
     "disable_quant",
     "divergence",
@@ -67,6 +71,7 @@ __all__ = [
     "quant_error",
     "quant_module",
     "quantize",
+    "read_dump",
     "resources",
     "strip",
     "summary",

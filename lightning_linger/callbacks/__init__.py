@@ -1,5 +1,6 @@
 """The Lightning face of the library: thin callbacks, each a schedule over a stage."""
 
+from lightning_linger.callbacks.dump import DumpCallback
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
 from lightning_linger.callbacks.hardware_check import HardwareCheckCallback
 from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
@@ -10,6 +11,7 @@ from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.rng_state import RNGStateCallback
 
 __all__ = [
+    "DumpCallback",
     "FuseBNCallback",
     "HardwareCheckCallback",
     "IntegerValidatorCallback",
