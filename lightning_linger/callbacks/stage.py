@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.schedule import Condition, Schedule
+from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import differences, plain_data
 
@@ -55,6 +56,7 @@ class StageCallback(Callback):  # type: ignore[misc]
         stages = _stages(trainer)
         if stages[0] is not self:
             return
+        refuse_unsupported_strategy(trainer, pl_module)
         _check_order(trainer, stages)
         if _overrides_configure_model(pl_module):
             pl_module.configure_model()
