@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_linger.callbacks.logging import log_values
-from lightning_linger.callbacks.replay import ReplayCallback
+from lightning_linger.callbacks.replay import ReplayCallback, log_aggregate
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
 from lightning_linger.simulate.metrics import Divergence, DivergenceRow
@@ -33,11 +33,14 @@ class IntegerValidatorCallback(ReplayCallback):
         self.latest: list[DivergenceRow] = []
         self._meter: Divergence | None = None
 
+    def begin(self, module: Any) -> None:
+        """Start with nothing counted."""
+        self._meter = Divergence(measured_sites(module)).to(module.device)
+
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare the number systems."""
-        if self._meter is None:
-            self._meter = Divergence(measured_sites(module)).to(module.device)
-        measure_divergence(module, forward, self._meter)
+        if self._meter is not None:
+            measure_divergence(module, forward, self._meter)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Reduce over ranks and log."""
@@ -57,10 +60,10 @@ class IntegerValidatorCallback(ReplayCallback):
         log_values(trainer, values)
         mismatches = sum(row.mismatches for row in self.latest)
         elements = sum(row.elements for row in self.latest)
-        pl_module.log("integer/mismatches", float(mismatches), rank_zero_only=True)
-        pl_module.log("integer/mismatch_rate", mismatches / max(elements, 1), rank_zero_only=True)
+        log_aggregate(pl_module, "integer/mismatches", float(mismatches))
+        log_aggregate(pl_module, "integer/mismatch_rate", mismatches / max(elements, 1))
         worst = min(row.sqnr for row in self.latest)
-        pl_module.log("integer/worst_sqnr", worst, rank_zero_only=True)
+        log_aggregate(pl_module, "integer/worst_sqnr", worst)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Print the worst sites."""

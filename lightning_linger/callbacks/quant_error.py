@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_linger.callbacks.logging import log_values
-from lightning_linger.callbacks.replay import ReplayCallback
+from lightning_linger.callbacks.replay import ReplayCallback, log_aggregate
 from lightning_linger.simulate.divergence import Forward, measure_quant_error, measured_sites
 from lightning_linger.simulate.metrics import QuantError, QuantErrorRow
 
@@ -26,11 +26,14 @@ class QuantErrorCallback(ReplayCallback):
         self.latest: list[QuantErrorRow] = []
         self._meter: QuantError | None = None
 
+    def begin(self, module: Any) -> None:
+        """Start with nothing counted."""
+        self._meter = QuantError(measured_sites(module)).to(module.device)
+
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare fake-quant with float."""
-        if self._meter is None:
-            self._meter = QuantError(measured_sites(module)).to(module.device)
-        measure_quant_error(module, forward, self._meter)
+        if self._meter is not None:
+            measure_quant_error(module, forward, self._meter)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Reduce over ranks and log."""
@@ -48,6 +51,6 @@ class QuantErrorCallback(ReplayCallback):
             values[f"exponent/{row.site}"] = row.exponent
         log_values(trainer, values)
         worst = min(row.sqnr for row in self.latest)
-        pl_module.log("quant_error/worst_sqnr", worst, rank_zero_only=True)
+        log_aggregate(pl_module, "quant_error/worst_sqnr", worst)
         saturation = max(row.saturation for row in self.latest)
-        pl_module.log("quant_error/worst_saturation", saturation, rank_zero_only=True)
+        log_aggregate(pl_module, "quant_error/worst_saturation", saturation)

@@ -31,6 +31,10 @@ class ReplayCallback(Callback):  # type: ignore[misc]
         self.batches = batches
         self.every_n_epochs = every_n_epochs
 
+    def begin(self, module: Any) -> None:
+        """Prepare for the batches of an epoch; called on every rank, whatever data it has."""
+        raise NotImplementedError
+
     def replay(self, trainer: Any, module: Any, forward: Callable[[], None]) -> None:
         """Use the repeated forward."""
         raise NotImplementedError
@@ -38,6 +42,11 @@ class ReplayCallback(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Lay out the dashboard."""
         show_layout(trainer, DASHBOARD)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start counting."""
+        if self._wanted(trainer, pl_module, batch_idx=0):
+            self.begin(pl_module)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -84,3 +93,8 @@ class ReplayCallback(Callback):  # type: ignore[misc]
             and batch_idx < self.batches
             and trainer.current_epoch % self.every_n_epochs == 0
         )
+
+
+def log_aggregate(module: Any, name: str, value: float) -> None:
+    """Log a value that is the same on every rank, so that every rank may monitor it."""
+    module.log(name, value, sync_dist=True, reduce_fx="max")

@@ -17,7 +17,7 @@ class Schedule:
         at_epoch: First epoch in which the stage is on, from 0. The default if nothing is given.
         at_step: First optimizer step (``trainer.global_step``) before which the stage switches on.
         when: Called with the trainer and the module at the start of every epoch; once it returns
-            True the stage is on.
+            True (on rank 0) the stage is on.
         end_epoch: First epoch in which the stage is off again; None keeps it on.
     """
 
@@ -67,7 +67,10 @@ class Schedule:
             return True
         if self.at_step is not None:
             return bool(trainer.global_step >= self.at_step)
-        return self.when is not None and bool(self.when(trainer, module))
+        if self.when is None:
+            return False
+        # The values a condition looks at may differ between ranks.
+        return bool(trainer.strategy.broadcast(bool(self.when(trainer, module))))
 
     def __str__(self) -> str:
         """Describe the start."""

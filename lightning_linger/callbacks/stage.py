@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.schedule import Condition, Schedule
+from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import differences, plain_data
 
@@ -89,6 +90,7 @@ def stages_of(trainer: Any) -> list[StageCallback]:
 def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     """Find the sites and plan every stage of the trainer; a second time changes nothing."""
     stages = stages_of(trainer)
+    refuse_unsupported_strategy(trainer, module)
     _check_order(trainer, stages)
     make_layers(module)
     plans = {callback.stage: plain_data(callback.describe()) for callback in stages}

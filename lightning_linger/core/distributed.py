@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,12 +27,13 @@ def max_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise sum over all processes, the same on each."""
-    if is_distributed():
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.SUM)
-    return x
+def mean_over_ranks(x: Tensor, count: int) -> Tensor:
+    """Return the mean over all processes, each weighted with its ``count``; the same on each."""
+    if not is_distributed():
+        return x
+    weighted = torch.stack([x * count, x.new_tensor(float(count))])
+    dist.all_reduce(weighted, dist.ReduceOp.SUM)
+    return weighted[0] / weighted[1].clamp_min(1)
 
 
 def gather_objects(value: Any) -> list[Any]:

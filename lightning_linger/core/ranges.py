@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
+from lightning_linger.core.distributed import is_distributed, max_over_ranks
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 
 RangeKind = Literal["ema_absmax", "ema_minmax", "absmax", "minmax"]
@@ -19,7 +20,9 @@ EMA_WEIGHT = 0.1
 class RangeEstimator(nn.Module):
     """Tracks the range of a tensor over training steps.
 
-    The moving average starts from the first batch, never from zero: no warm-up is needed.
+    The moving average starts from the first batch, never from zero: no warm-up is needed. In a
+    distributed run a batch is that of all processes together, so that every one of them has the
+    range that a single process would have.
 
     Args:
         kind: ``ema_absmax`` and ``ema_minmax`` average the batch extremes with weight 0.1,
@@ -91,14 +94,14 @@ class RangeEstimator(nn.Module):
         """Move the range by one batch.
 
         Args:
-            x: The batch, any shape. Empty batches are ignored; a batch with NaN or infinity is
-                skipped with a warning, so that it cannot poison the scale.
+            x: The batch, any shape. Empty batches are ignored; a batch with NaN or infinity (on any
+                process) is skipped with a warning, so that it cannot poison the scale.
             low: Values below are clipped before they are observed (0 where a ReLU follows).
             high: Values above are clipped before they are observed.
         """
-        if self.fixed or x.numel() == 0:
+        if self.fixed or (x.numel() == 0 and not is_distributed()):
             return
-        batch = torch.stack(torch.aminmax(x)).to(self.range.dtype)
+        batch = _extremes(x, self.range)
         if can_read(batch):
             self._observe_values(batch, low, high)
         else:
@@ -107,6 +110,8 @@ class RangeEstimator(nn.Module):
     def _observe_values(self, batch: Tensor, low: float, high: float) -> None:
         """Move the range with the values at hand: few operations, and a warning if needed."""
         lowest, highest = batch.tolist()
+        if lowest == math.inf:
+            return
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             warnings.warn(
                 f"`{self.name}`: a batch holds NaN or infinity and is left out of the range.",
@@ -150,3 +155,20 @@ class RangeEstimator(nn.Module):
     def extra_repr(self) -> str:
         """Show the kind and the range."""
         return f"kind={self.kind!r}, range={self.range.tolist()}"
+
+
+def _extremes(x: Tensor, like: Tensor) -> Tensor:
+    """Return the smallest and largest value of all processes; infinities in place of NaN.
+
+    Without any value these are +inf and -inf.
+    """
+    if x.numel() == 0:
+        batch = like.new_tensor([math.inf, -math.inf])
+    else:
+        batch = torch.stack(torch.aminmax(x)).to(like.dtype)
+    if not is_distributed():
+        return batch
+    # A maximum over processes may lose NaN.
+    upward = torch.stack([-batch[0], batch[1]]).nan_to_num(math.inf, math.inf, -math.inf)
+    upward = max_over_ranks(upward)
+    return torch.stack([-upward[0], upward[1]])

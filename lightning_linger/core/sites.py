@@ -17,6 +17,7 @@ from lightning_linger.core.config import (
     LimitGradient,
     QuantConfig,
 )
+from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.integer import (
@@ -216,7 +217,7 @@ class Site(nn.Module):
                 return y.clamp(-limits.output.value, limits.output.value)
             return apply_bound(y, y.new_tensor(limits.output.value), limits.gradient)
         if self.learning:
-            batch = bound_of(y, limits.output)
+            batch = mean_over_ranks(bound_of(y, limits.output), y.numel())
             moved = torch.lerp(self.output_bound, batch, EMA_WEIGHT)
             self.output_bound.copy_(torch.where(self.output_bound > 0, moved, batch))
         elif can_read(self.output_bound) and not self.output_bound.item() > 0:

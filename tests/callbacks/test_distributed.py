@@ -1,0 +1,122 @@
+"""Two processes: the same on every rank, and what one process computes with the global batch."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_linger.callbacks import NormalizeCallback, QuantizeCallback
+from tests.callbacks import distributed_run
+from tests.callbacks.boring import trainer
+from tests.callbacks.distributed_run import RANKS, Plain, data, ranges
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240
+
+
+def run_script(script: Path, *arguments: str) -> str:
+    """Run a script that starts a process per rank; end them all if it takes too long."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def alone(folder: Path, callbacks: list[Any], **kwargs: Any) -> Plain:
+    """Fit in this process, with what both ranks together have as a batch."""
+    pl.seed_everything(5, verbose=False)
+    module = Plain()
+    run = trainer(folder, callbacks, 1, num_sanity_val_steps=0, **kwargs)
+    run.fit(module, data(4 * RANKS), data(4 * RANKS))
+    return module
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    run_script(Path(distributed_run.__file__), str(tmp_path))
+    first, second = (
+        json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(RANKS)
+    )
+    failed = {name: result["failed"] for name, result in first.items() if "failed" in result}
+    assert not failed
+
+    export = first.pop("export"), second.pop("export")
+    assert export[0] == {
+        "written": ["0.onnx", "1.onnx", "model.onnx"],
+        "mismatches": 0,
+        "there": True,
+    }
+    assert export[1] == {"written": [], "mismatches": None, "there": True}
+
+    for name in first:
+        assert first[name] == second[name], f"{name}: the ranks differ"
+
+    for name in ("ddp", "static graph", "find unused", "no broadcast", "accumulation"):
+        assert len(first[name]["digests"]) == 3 * distributed_run.BATCHES, name
+        assert len({ours for _, ours in first[name]["digests"][4:]}) == 8, "ranges moved"
+    assert first["resume"] == {"0": [], "1": []}
+    assert first["condition"] == {"on": [False, True, True]}
+    assert first["refused"].keys() == {"sync_batchnorm", "model parallel"}
+    assert "replaces every batch norm" in first["refused"]["sync_batchnorm"]
+    assert "shards the parameters" in first["refused"]["model parallel"]
+
+    # -40 comes from rank 0 in a batch that is not finite on rank 1, so it is left out.
+    assert first["estimators"]["minmax"] == [-12.0, 9.0, 2]
+    assert first["estimators"]["absmax"] == [-12.0, 12.0, 2]
+
+    whole = alone(tmp_path, [QuantizeCallback()])
+    assert first["global batch"]["ranges"] == ranges(whole)
+    for name, weight in whole.named_parameters():
+        found = torch.tensor(first["global batch"]["weights"][name])
+        assert torch.allclose(found, weight, rtol=1e-4, atol=1e-6), name
+
+    limited = ranges(
+        alone(
+            tmp_path,
+            [NormalizeCallback(weight=None, output="2*mean")],
+            limit_train_batches=1,
+        )
+    )
+    assert limited.keys() == first["dynamic limits"]["ranges"].keys()
+    for name, bound in limited.items():
+        assert first["dynamic limits"]["ranges"][name] == pytest.approx(bound, rel=1e-5)
+
+    # Two batches of 4 images on each rank, 4 classes.
+    counted = {site: elements for site, elements, _ in first["metrics"]["divergence"]}
+    assert counted["fc/linear/0"] == 2 * 4 * RANKS * 4
+    assert all(mismatches == 0 for _, _, mismatches in first["metrics"]["divergence"])
+    worst = min(sqnr for _, sqnr, _ in first["metrics"]["error"])
+    assert first["metrics"]["logged"]["quant_error/worst_sqnr"] == pytest.approx(worst, rel=1e-6)
+    assert first["metrics"]["best"]
+
+
+@pytest.mark.slow
+def test_the_example_runs_on_two_processes(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "distributed.py"
+    output = run_script(script, "--out", str(tmp_path), "--epochs", "4")
+    lines = sorted(line for line in output.splitlines() if line.startswith("rank "))
+    assert [line[:11] for line in lines] == ["rank 0 of 2", "rank 1 of 2"]
+    assert len({line.partition("on all, ")[2] for line in lines}) == 1, "reduced over the ranks"
+    assert re.search(r"on all, 0 of \d{5,} codes differ", lines[0])
+    assert all(float(re.search(r"share ([\d.]+);", line)[1]) > 0.6 for line in lines)
+    assert {path.name for path in tmp_path.glob("*.onnx")} == {"digits.onnx"}
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
