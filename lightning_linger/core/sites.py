@@ -30,9 +30,11 @@ from lightning_linger.core.integer import (
     requantize,
 )
 from lightning_linger.core.limits import apply_bound, bound_of, is_within
+from lightning_linger.core.noise import Noise
+from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer, readable
-from lightning_linger.core.ranges import EMA_WEIGHT
-from lightning_linger.core.rounding import Rounding
+from lightning_linger.core.ranges import EMA_WEIGHT, RangeRule
+from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
 if TYPE_CHECKING:
@@ -100,7 +102,9 @@ class Site(nn.Module):
         parts: Quantizers inside the op, by name.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
+        weight_rule: Range estimator of the weight.
         fold: The batch norm folded into this layer, if any.
+        noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
         merged: For an activation: its clamping happens in the quantizer before it.
         released: A plain op writes into the result in place: it leaves the grid as a copy.
@@ -123,6 +127,7 @@ class Site(nn.Module):
         # Kept out of `_modules`: the site does not own the layer.
         self.__dict__["owner"] = owner
         self.__dict__["fold"] = None
+        self.__dict__["noise"] = None
         self.config: QuantConfig | None = None
         self.platform: Platform | None = None
         self.inputs = nn.ModuleDict()
@@ -130,6 +135,7 @@ class Site(nn.Module):
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
+        self.weight_rule: RangeRule | None = None
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -304,9 +310,20 @@ class Site(nn.Module):
     @property
     def rounding(self) -> Rounding:
         """Rounding rule of results."""
-        if self.config is not None and self.config.rounding is not None:
-            return self.config.rounding
-        return self.platform.rounding if self.platform else "half_up"
+        if self.config is None or self.platform is None:
+            return "half_up"
+        return rounding_of(self.config, self.platform)
+
+    def weight_rounding(self, name: str) -> str | Rounder:
+        """Return how parameters are rounded in the forward that runs now.
+
+        Args:
+            name: Tells the parameters of the site apart.
+        """
+        noise: Noise | None = self.__dict__["noise"]
+        if noise is None or not noise.training:
+            return self.rounding
+        return noise.rounder(f"{self.key}:{name}")
 
     @property
     def granularity(self) -> Granularity:
@@ -314,6 +331,27 @@ class Site(nn.Module):
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
         return self.platform.granularity if self.platform else "tensor"
+
+    @property
+    def clips_weights(self) -> bool:
+        """Whether weights may lie beyond their range."""
+        return self.weight_rule is not None and self.weight_rule.clips
+
+    def weight_reach(self, rows: Tensor) -> Tensor:
+        """Return the half-range of a weight by the site's estimator.
+
+        Args:
+            rows: Detached, ``[R, N]``: a row for each scale.
+
+        Returns:
+            float32 ``[R]``.
+        """
+        rule, grid = self.weight_rule, self.weight_grid
+        assert rule is not None  # the planner gives both to every op that has parameters
+        assert grid is not None
+        if rule.statistic is None:
+            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
+        return rule.statistic.measure(rows, None, grid)
 
     @property
     def weight_bits(self) -> int:
