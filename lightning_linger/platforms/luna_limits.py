@@ -66,7 +66,7 @@ def _widths(
             ("matmul",),
             "result_bits",
             OneOf(product),
-            "the product of two activations has {allowed} bits; float results come from 32",
+            "the product of two activations has {allowed} bits",
             "use output_bits=8",
             evidence="engine",
         ),

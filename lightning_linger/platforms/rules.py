@@ -292,7 +292,7 @@ def setting_rules(platform: str, granularity: str | None, rounding: str) -> tupl
             ("setting",),
             "platform",
             OneOf((platform,)),
-            "the model is quantized for {allowed}, which it is checked for",
+            "the model is quantized for the platform that it is checked for",
             "quantize it for this platform",
             severity="warning",
             evidence="export",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_linger as linger
 from lightning_linger.analysis import Finding, Findings
 from tests.models import Chain, Lambda, ResNet
+from tests.test_readme import ROOT, blocks, run
 from tests.thinker.cases import ALL, PLATFORMS, PackCase
 
 SEVEN = (torch.randn(1, 2, 12, 12),)
@@ -269,6 +270,16 @@ def test_a_table() -> None:
     table = found.__rich__()
     assert [column.header for column in table.columns][:2] == ["site", "rule"]
     assert table.row_count == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, namespace = ROOT / "docs" / "check.md", {}
+    exec(blocks(ROOT / "docs" / "quickstart.md")[0], namespace)
+    run(page, namespace)
+    for printed in ("findings", "needed"):
+        assert f"```text\n{namespace[printed]}\n```" in page.read_text(encoding="utf-8")
 
 
 def test_nothing_found() -> None:

@@ -17,6 +17,7 @@ from lightning_linger.core.registry import op_of
 from lightning_linger.platforms import PLATFORMS
 from lightning_linger.platforms.limits import LIMITS, limits_of
 from tests.analysis.edges import EDGES, Edge, Make
+from tests.analysis.limits_page import PAGE, page
 
 # What a model cannot keep or break: it stands for the platform as a whole.
 OF_THE_PLATFORM = {("mars", "not_packed")}
@@ -111,3 +112,7 @@ def test_what_runs_has_no_finding() -> None:
         assert list(findings) == [], findings
         assert findings.deployable
         assert str(findings) == f"{platform}: can be deployed"
+
+
+def test_the_page_of_limits_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.analysis.limits_page"
