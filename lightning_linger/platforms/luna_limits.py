@@ -12,6 +12,7 @@ from lightning_linger.platforms.rules import (
     CURVES,
     NARROW,
     PREFETCHED,
+    RESULT_SIZE,
     AtLeast,
     AtMost,
     Engine,
@@ -253,6 +254,7 @@ def _layers(engine: Engine) -> tuple[Rule, ...]:
             "no packer knows a gated linear unit",
             "use a product with a sigmoid where the engine has one, or a layer with a ReLU",
         ),
+        RESULT_SIZE,
         Rule(
             "unsupported_op",
             ("unsupported",),

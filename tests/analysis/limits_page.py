@@ -49,7 +49,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "pad",
         "transpose",
     ),
-    "The whole model": ("model", "identity", "float", "unsupported", "unverified"),
+    "The whole model": ("model", "identity", "float", "unsupported", "unverified", "result_size"),
     "Settings of the quantize stage": ("setting",),
 }
 OTHERS = "Widths and other ops"
