@@ -142,22 +142,16 @@ def _of_model(limits: Limits, plan: Plan) -> Iterator[Finding]:
 
 def _of_settings(limits: Limits, instrumentation: Instrumentation) -> Iterator[Finding]:
     """Look at how sites are quantized; a setting that is the same everywhere is one finding."""
+    quantized = [site for site in instrumentation.sites if site.quantized]
     for rule in limits.rules:
         if "setting" not in rule.layers:
             continue
-        found = {
-            site.key: value
-            for site in instrumentation.sites
-            if site.quantized and not rule.allowed.admits(value := _setting(rule.measure, site))
-        }
-        values = set(found.values())
-        quantized = [site for site in instrumentation.sites if site.quantized]
-        if len(values) == 1 and len(found) == len(quantized):
-            (value,) = values
-            yield _finding(MODEL, rule, Measured(value, value))
-            continue
-        for key, value in found.items():
-            yield _finding(key, rule, Measured(value, value))
+        found = {site.key: _setting(rule.measure, site) for site in quantized}
+        if len(set(found.values())) == 1:
+            found = {MODEL: found.popitem()[1]}
+        for place, value in found.items():
+            if not rule.allowed.admits(value):
+                yield _finding(place, rule, Measured(value, value))
 
 
 def _setting(name: str, site: Site) -> str:

@@ -58,6 +58,7 @@ class Walk:
         self._made = {spec.value for node in run.nodes for spec in node.outputs}
         self._given = run.given
         nodes = _live(run)
+        self._used = {spec.value for node in nodes for spec in node.inputs} | set(run.returned)
         self.batch = _batch_of(nodes, run.given)
         for node in nodes:
             self._visit(node)
@@ -89,6 +90,10 @@ class Walk:
         What the model is given counts, too; what the forward makes of nothing is a constant.
         """
         return not self._is_constant(spec)
+
+    def is_used(self, spec: TensorSpec) -> bool:
+        """Whether anything reads a tensor, or it is returned."""
+        return spec.value in self._used
 
     def inner(self, shape: Shape, bits: int | None) -> Data:
         """Return a new tensor inside an op."""

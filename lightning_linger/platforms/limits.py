@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_linger.platforms.luna_limits import LUNA_LIMITS
-from lightning_linger.platforms.rules import AtMost, Limits, Never, Rule, setting_rules
+from lightning_linger.platforms.rules import RESULT_SIZE, AtMost, Limits, Never, Rule, setting_rules
 
 _ONNXRUNTIME = (
     Rule(
@@ -38,6 +38,17 @@ _ONNXRUNTIME = (
         "use fewer activation_bits, or average in two steps",
         evidence="export",
     ),
+    Rule(
+        "packed_sequence",
+        ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+        "op",
+        Never(),
+        "a recurrent layer runs over a whole sequence that is not packed",
+        "use it on a padded sequence",
+        when=("packed",),
+        evidence="export",
+    ),
+    RESULT_SIZE,
     *setting_rules("onnxruntime", None, "half_even"),
 )
 

@@ -168,7 +168,8 @@ def size_rules(engine: Engine) -> tuple[Rule, ...]:
             ("conv",),
             "rows",
             AtMost(engine.depthwise_rows),
-            "under a depthwise kernel these rows take up to {allowed} bytes",
+            "as many input rows as a depthwise kernel is high take up to {allowed} bytes, rounded "
+            "up in the same way; or as many columns as it is wide do",
             "use fewer channels or columns, or a lower kernel",
             when=("depthwise",),
         ),
@@ -177,7 +178,8 @@ def size_rules(engine: Engine) -> tuple[Rule, ...]:
             ("conv", "deconv"),
             "straight_rows",
             AtMost(engine.rows),
-            "rows of up to {allowed} bytes need no transpose of the input and the result",
+            "as many input rows as the kernel is high take up to {allowed} bytes; else the input "
+            "and the result are transposed",
             "exchange height and width of the model's input",
             severity="warning",
             unless=("depthwise",),
@@ -187,8 +189,8 @@ def size_rules(engine: Engine) -> tuple[Rule, ...]:
             ("conv",),
             "straight_rows",
             AtMost(engine.depthwise_rows),
-            "rows under a depthwise kernel of up to {allowed} bytes need no transpose of the input "
-            "and the result",
+            "as many input rows as a depthwise kernel is high take up to {allowed} bytes; else the "
+            "input and the result are transposed",
             "exchange height and width of the model's input",
             severity="warning",
             when=("depthwise",),
@@ -198,8 +200,8 @@ def size_rules(engine: Engine) -> tuple[Rule, ...]:
             CONVOLUTIONS,
             "padded_rows",
             AtMost(engine.padded_rows),
-            "these rows take up to {allowed} bytes with channels rounded up to "
-            f"{engine.padded_channels} and columns to {engine.columns} times the stride",
+            "the input rows under a kernel take up to {allowed} bytes in memory, channels rounded "
+            f"up to {engine.padded_channels}, columns to {engine.columns} times the stride",
             "use fewer columns, or a lower kernel",
             unless=("depthwise",),
         ),
@@ -242,9 +244,9 @@ def size_rules(engine: Engine) -> tuple[Rule, ...]:
                 ("conv",),
                 "padded_rows",
                 AtMost(engine.padded_depthwise_rows),
-                "under a depthwise kernel they take up to {allowed} bytes with channels rounded up "
-                f"to {engine.padded_depthwise_channels} and columns to {engine.columns} times the "
-                "stride",
+                "the input rows under a depthwise kernel take up to {allowed} bytes in memory, "
+                f"channels rounded up to {engine.padded_depthwise_channels}, columns to "
+                f"{engine.columns} times the stride",
                 "use fewer columns, or a lower kernel",
                 when=("depthwise",),
             )

@@ -265,6 +265,17 @@ class Limits:
         object.__setattr__(self, "by_name", found)
 
 
+RESULT_SIZE = Rule(
+    "result_size",
+    ("result_size",),
+    "op",
+    Never(),
+    "the size of a result does not depend on values",
+    "use `masked_fill` or `where`, or choose outside the model",
+    evidence="export",
+)
+
+
 def setting_rules(platform: str, granularity: str | None, rounding: str) -> tuple[Rule, ...]:
     """Return which settings of the quantize stage a platform can take."""
     scales = Rule(
@@ -292,7 +303,7 @@ def setting_rules(platform: str, granularity: str | None, rounding: str) -> tupl
             ("setting",),
             "platform",
             OneOf((platform,)),
-            "the model is quantized for {allowed}, which it is checked for",
+            "the model is quantized for the platform that it is checked for",
             "quantize it for this platform",
             severity="warning",
             evidence="export",

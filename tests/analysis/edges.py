@@ -523,6 +523,7 @@ EDGES: list[Edge] = [
         padded(lambda m, x: m.second(F.pad(m.first(x), (1, 1), value=0.5))),
     ),
     Edge("argmax", behind_linear(lambda a: a), behind_linear(lambda a: (a, a.argmax(-1)))),
+    Edge("argmax", behind_linear(lambda a: a.max(-1)[0]), behind_linear(lambda a: a.max(-1)[1])),
     Edge(
         "returned_once",
         behind_linear(lambda a: (a, a.relu())),
@@ -552,9 +553,10 @@ EDGES: list[Edge] = [
     Edge("unsupported_op", behind_linear(lambda a: a / 3), behind_linear(lambda a: a / a.relu())),
     Edge("unsupported_op", behind_linear(lambda a: a**2), behind_linear(lambda a: a**3)),
     Edge(
-        "unverified_op",
-        behind_linear(lambda a: a.roll(1, 1)),
+        "result_size",
+        behind_linear(lambda a: a.masked_fill(torch.eye(4)[:1] > 0, 0.0)),
         behind_linear(lambda a: a.masked_select(torch.ones(1, 4, dtype=torch.bool))),
+        (*LUNA, "onnxruntime"),
     ),
     Edge("float_op", behind_linear(F.relu), behind_linear(torch.atan)),
     # The whole model
@@ -597,6 +599,7 @@ EDGES: list[Edge] = [
         behind_conv(lambda a: a.mean((2, 3)), 1, (363, 363)),
         ("onnxruntime",),
     ),
+    Edge("packed_sequence", lstm(), lstm(packed), ("onnxruntime",)),
     Edge("rounding", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"rounding": "half_up"}),
     Edge("other_platform", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"platform": "arcs"}),
 ]

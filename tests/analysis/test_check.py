@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 import lightning_linger as linger
 from lightning_linger.analysis import Finding, Findings
+from lightning_linger.platforms import platform_of
+from lightning_linger.platforms.limits import limits_of
 from tests.models import Chain, Lambda, ResNet
+from tests.ops import cases as ops_cases
+from tests.test_readme import ROOT, blocks, run
 from tests.thinker.cases import ALL, PLATFORMS, PackCase
 
 SEVEN = (torch.randn(1, 2, 12, 12),)
@@ -42,6 +46,27 @@ def test_the_packer_is_of_the_same_opinion(case: PackCase) -> None:
         findings = linger.check(model, platform)
         runs = platform not in case.refused and platform not in case.wrong
         assert findings.deployable is runs, f"{case.refused.get(platform)}\n{findings}"
+
+
+# A case of several samples, which the engine takes one by one.
+OF_A_BATCH = "lstm-batch"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("platform", ["venusa", "arcs", "venus", "mars", "onnxruntime"])
+def test_what_the_export_refuses_is_an_error(platform: str) -> None:
+    for case in ops_cases.ALL:
+        if case.id == OF_A_BATCH:
+            continue
+        model, inputs = case.build(random.Random(case.id))
+        linger.fuse_bn(linger.prepare(model, inputs))
+        linger.quantize(model, linger.QuantConfig(platform=platform))
+        findings = linger.check(model, platform)
+        refusal = case.refusal(platform_of(platform).dialect, platform, 8)
+        if refusal is not None:
+            assert not findings.deployable, f"{case.id}: {refusal}"
+        if limits_of(platform).engine is not None:
+            assert linger.resources(model, platform).macs >= 0
 
 
 # --- the model is left as it was ----------------------------------------------------------------
@@ -269,6 +294,16 @@ def test_a_table() -> None:
     table = found.__rich__()
     assert [column.header for column in table.columns][:2] == ["site", "rule"]
     assert table.row_count == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, namespace = ROOT / "docs" / "check.md", {}
+    exec(blocks(ROOT / "docs" / "quickstart.md")[0], namespace)
+    run(page, namespace)
+    for printed in ("findings", "needed"):
+        assert f"```text\n{namespace[printed]}\n```" in page.read_text(encoding="utf-8")
 
 
 def test_nothing_found() -> None:

@@ -17,6 +17,8 @@ from lightning_linger.core.registry import op_of
 from lightning_linger.platforms import PLATFORMS
 from lightning_linger.platforms.limits import LIMITS, limits_of
 from tests.analysis.edges import EDGES, Edge, Make
+from tests.analysis.limits_page import PAGE, page
+from tests.models import Lambda
 
 # What a model cannot keep or break: it stands for the platform as a whole.
 OF_THE_PLATFORM = {("mars", "not_packed")}
@@ -52,7 +54,19 @@ def test_edge(edge: Edge) -> None:
 def test_every_rule_has_an_edge(platform: str) -> None:
     tried = {edge.rule for edge in EDGES if platform in edge.platforms}
     whole = {rule for name, rule in OF_THE_PLATFORM if name == platform}
-    assert tried | whole == set(LIMITS[platform].by_name)
+    assert tried | whole == set(LIMITS[platform].by_name) - {"unverified_op"}
+
+
+@pytest.mark.parametrize("platform", sorted(set(LIMITS) - {"onnxruntime"}))
+def test_an_op_that_nobody_reads_is_unverified(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Lambda(lambda m, x: m.conv(x).amax((2, 3)), conv=nn.Conv2d(2, 2, 3))
+    inputs = (torch.randn(1, 2, 6, 6),)
+    assert linger.check(model, platform, inputs).deployable
+    monkeypatch.delitem(READERS, "amax")
+    (finding,) = (item for item in linger.check(model, platform, inputs) if item.site == "/amax/0")
+    assert (finding.rule, finding.severity, finding.found) == ("unverified_op", "warning", "amax")
 
 
 def test_every_platform_has_limits() -> None:
@@ -111,3 +125,7 @@ def test_what_runs_has_no_finding() -> None:
         assert list(findings) == [], findings
         assert findings.deployable
         assert str(findings) == f"{platform}: can be deployed"
+
+
+def test_the_page_of_limits_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.analysis.limits_page"

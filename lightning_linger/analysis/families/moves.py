@@ -78,6 +78,12 @@ def read_lookup(visit: Visit) -> None:
     visit.add("slice", (data,), _results(visit, data), facts=facts)
 
 
+def read_masked(visit: Visit) -> None:
+    """Read ``masked_select``."""
+    data = _moved(visit)
+    visit.add("result_size", (data,), _results(visit, data))
+
+
 def read_pad(visit: Visit) -> None:
     """Read a pad: zeros around maps may go into the convolution behind it."""
     call, data = visit.call, visit.operand(0)
@@ -160,5 +166,6 @@ READERS: dict[str, Reader] = {
         read_copies,
     ),
     "gather": read_lookup,
+    "masked_select": read_masked,
     "pad": read_pad,
 }

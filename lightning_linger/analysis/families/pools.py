@@ -89,8 +89,10 @@ def read_extreme(visit: Visit) -> None:
     x, dim = visit.operand(0), call.dim
     given = tuple(range(len(x.shape))) if dim is None else dim
     dims = sorted(d % len(x.shape) for d in (given if isinstance(given, tuple) else (given,)))
-    outputs = [spec for spec in visit.node.outputs if spec.floating]
-    if outputs:
+    values, *places = visit.node.outputs
+    if any(visit.walk.is_used(spec) for spec in places):
+        visit.add("argmax", (x,), ())
+    if values.floating:
         _reduce(visit, "max_pool", x, dims, visit.result(0))
 
 

@@ -15,6 +15,8 @@ def read_recurrent(visit: Visit) -> None:
     traits = set()
     if any(state.constant or visit.walk.is_computed(state) for state in call.states):
         traits.add("initial_state")
+    if call.batch_sizes is not None:
+        traits.add("packed")
     if call.batch_sizes is not None or len(x.shape) != 3:
         traits.add("steps")
     out = visit.result(0)
