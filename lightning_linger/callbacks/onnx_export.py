@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ from lightning_linger.export.exporter import export_onnx
 from lightning_linger.export.verify import can_run, engine_of
 from lightning_linger.simulate.integer import integer
 
+# What `export_onnx` takes by name only.
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(export_onnx).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
 
 class ONNXExportCallback(Callback):  # type: ignore[misc]
     """Writes the model in training to an ONNX file, and leaves it as it was.
@@ -34,7 +43,9 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             (onnxruntime and whatever reads QDQ).
         at_epoch: Export at the end of this epoch, or of each of these; None exports at the end of
             fit.
-        verify: Whether to run the exported file.
+        verify: Whether to run the exported file; one that takes or gives codes is not run.
+        options: Further options of :func:`lightning_linger.export_onnx`, by name, e.g.
+            ``{"dynamic_axes": {"x": {0: "batch"}}}``.
 
     Attributes:
         exported: The files written so far.
@@ -48,9 +59,14 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
         dialect: str = "linger",
         at_epoch: int | list[int] | None = None,
         verify: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         dialect = dialect_of(dialect).name
+        unknown = [name for name in options or {} if name not in OPTIONS]
+        if unknown:
+            msg = f"`options` holds {unknown}. Allowed: {OPTIONS}."
+            raise ConfigError(msg)
         epochs = [at_epoch] if isinstance(at_epoch, int) else at_epoch
         if epochs is not None and any(not isinstance(e, int) or e < 0 for e in epochs):
             msg = f"`at_epoch` holds non-negative integers. Found: {at_epoch!r}."
@@ -62,6 +78,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
         self.dialect = dialect
         self.epochs = epochs
         self.verify = verify
+        self.options = dict(options or {})
         self.exported: list[Path] = []
         self.mismatches: int | None = None
         self._example: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
@@ -136,10 +153,12 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             target, args, kwargs = self._inputs(module)
             path = Path(self.path.format(epoch=trainer.current_epoch))
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = export_onnx(target, args, path, self.dialect, kwargs)
+            written = export_onnx(target, args, path, self.dialect, kwargs, **self.options)
             self.exported.append(written)
             self.mismatches = None
-            if self.verify and is_prepared(module) and module._linger.switches.quantize:
+            codes = self.options.get("integer_inputs") or self.options.get("integer_outputs")
+            quantized = is_prepared(module) and module._linger.switches.quantize
+            if self.verify and quantized and not codes:
                 self.mismatches = self._verify(target, args, kwargs, written)
         trainer.strategy.barrier("linger_onnx_export")
 

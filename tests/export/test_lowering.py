@@ -12,7 +12,7 @@ from onnxscript import ir
 from lightning_linger.export.capture import ARGUMENTS, CAPTURE_DOMAIN, Captured
 from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.lowering import lower
-from lightning_linger.export.qdq import boundary, qdq_dialect
+from lightning_linger.export.qdq import WRITES, boundary, qdq_dialect
 
 
 def value(name, dtype):
@@ -77,7 +77,7 @@ def test_translation_with_two_results():
 
 
 def test_qdq_translation_with_two_results(monkeypatch):
-    monkeypatch.setitem(boundary.TABLE, "dequantize", write_two)
+    monkeypatch.setitem(WRITES, "dequantize", write_two)
     captured = recorded()
     lower(captured, qdq_dialect("test", signed=True))
     difference, second = run(captured, np.array([1, -2, 3], np.int8))
