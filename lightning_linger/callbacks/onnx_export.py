@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
-from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
+from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
 from lightning_linger.export.exporter import export_onnx
+from lightning_linger.export.part import as_root
 from lightning_linger.export.verify import can_run, engine_of
 from lightning_linger.simulate.integer import integer
 
@@ -174,8 +175,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
                 args = example if isinstance(example, tuple) else (example,)
         elif self._example is not None:
             target, args, kwargs = self._example
-            if target is not module:
-                target = _Part(module, target)
+            target = as_root(module, target)
         else:
             msg = (
                 "ONNXExportCallback has seen no forward to take example inputs from. HINT: set "
@@ -215,18 +215,6 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
                 stacklevel=2,
             )
         return mismatches
-
-
-class _Part(nn.Module):
-    """A submodule that is called on its own, with the quantization state of the whole model."""
-
-    def __init__(self, root: nn.Module, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-        setattr(self, STATE_NAME, getattr(root, STATE_NAME))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
 
 
 def _writable(folder: Path) -> bool:

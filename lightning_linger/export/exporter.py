@@ -25,7 +25,7 @@ from lightning_linger.export.dynamic import DynamicAxes, check_axes, open_axes, 
 from lightning_linger.export.ends import give_codes, take_codes
 from lightning_linger.export.files import check_target
 from lightning_linger.export.inputs import Inputs
-from lightning_linger.export.lowering import Steps, lower
+from lightning_linger.export.lowering import Lowered, lower
 from lightning_linger.export.written import write_model
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.prepare import check_example, no_trace
@@ -111,7 +111,7 @@ def export_onnx(
         tensors = resized(inputs.tensors, names, dynamic_axes or {}, wanted)
         with integer(model) if quantized else contextlib.nullcontext():
             captured = capture(model, instrumentation, inputs, tensors, chosen.opset_version)
-        steps = lower(captured, chosen) if quantized else {}
+        lowered = lower(captured, chosen) if quantized else Lowered({}, {})
         graph, ends = captured.model.graph, {}
         outputs = _chosen_names("output_names", output_names, captured.output_names)
         if integer_inputs:
@@ -119,7 +119,10 @@ def export_onnx(
         if integer_outputs:
             ends["outputs"] = give_codes(graph, outputs, chosen.boundary)
         _finish(captured.model, names, outputs, chosen)
-        _describe(captured.model, sites, chosen, {"steps": steps, **ends})
+        made = {value for node in graph for value in node.outputs}
+        results = {site: v.name for site, v in lowered.results.items() if v in made}
+        described = {"steps": lowered.steps, "results": results, **ends}
+        _describe(captured.model, sites, chosen, described)
         return captured.model
 
     with _in_evaluation(model, instrumentation):
@@ -251,7 +254,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _describe(
-    model: ir.Model, sites: list[Site], dialect: Dialect, scales: Mapping[str, Steps]
+    model: ir.Model, sites: list[Site], dialect: Dialect, described: Mapping[str, Any]
 ) -> None:
     model.producer_name = "lightning-linger"
     model.producer_version = __version__
@@ -263,7 +266,7 @@ def _describe(
     model.metadata_props[METADATA_PREFIX + "dialect"] = dialect.name
     model.metadata_props[METADATA_PREFIX + "platform"] = ",".join(platforms)
     model.metadata_props[METADATA_PREFIX + "config"] = json.dumps(_config_summary(sites))
-    for name, found in scales.items():
+    for name, found in described.items():
         model.metadata_props[METADATA_PREFIX + name] = json.dumps(found)
 
 

@@ -68,8 +68,8 @@ def run(captured, x):
 
 def test_translation_with_two_results():
     captured = recorded()
-    steps = lower(captured, dialect_of(two))
-    assert steps == {"site/dequantize": {"scale": 0.5}}
+    lowered = lower(captured, dialect_of(two))
+    assert lowered.steps == {"site/dequantize": {"scale": 0.5}}
     assert [node.op_type for node in captured.model.graph] == ["Cast", "Neg", "Abs", "Sub"]
     difference, second = run(captured, np.array([1, -2, 3], np.int8))
     np.testing.assert_array_equal(second, np.array([1, 2, 3], np.float32))
