@@ -18,6 +18,7 @@ from lightning_linger.core.errors import (
 )
 from lightning_linger.core.functions import operator
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
+from lightning_linger.export.verification import verify
 from lightning_linger.nn import LSTMP, UBLSTMP
 from lightning_linger.ops.recurrent import fused_rnn
 from lightning_linger.simulate.divergence import divergence, quant_error
@@ -75,4 +76,5 @@ __all__ = [
     "resources",
     "strip",
     "summary",
+    "verify",
 ]

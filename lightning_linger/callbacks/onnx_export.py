@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
-from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
+from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
 from lightning_linger.export.exporter import export_onnx
+from lightning_linger.export.part import as_root
 from lightning_linger.export.verify import can_run, engine_of
 from lightning_linger.simulate.integer import integer
+
+# What `export_onnx` takes by name only.
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(export_onnx).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
 
 
 class ONNXExportCallback(Callback):  # type: ignore[misc]
@@ -34,7 +44,9 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             (onnxruntime and whatever reads QDQ).
         at_epoch: Export at the end of this epoch, or of each of these; None exports at the end of
             fit.
-        verify: Whether to run the exported file.
+        verify: Whether to run the exported file; one that takes or gives codes is not run.
+        options: Further options of :func:`lightning_linger.export_onnx`, by name, e.g.
+            ``{"dynamic_axes": {"x": {0: "batch"}}}``.
 
     Attributes:
         exported: The files written so far.
@@ -48,9 +60,14 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
         dialect: str = "linger",
         at_epoch: int | list[int] | None = None,
         verify: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         dialect = dialect_of(dialect).name
+        unknown = [name for name in options or {} if name not in OPTIONS]
+        if unknown:
+            msg = f"`options` holds {unknown}. Allowed: {OPTIONS}."
+            raise ConfigError(msg)
         epochs = [at_epoch] if isinstance(at_epoch, int) else at_epoch
         if epochs is not None and any(not isinstance(e, int) or e < 0 for e in epochs):
             msg = f"`at_epoch` holds non-negative integers. Found: {at_epoch!r}."
@@ -62,6 +79,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
         self.dialect = dialect
         self.epochs = epochs
         self.verify = verify
+        self.options = dict(options or {})
         self.exported: list[Path] = []
         self.mismatches: int | None = None
         self._example: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
@@ -136,10 +154,12 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
             target, args, kwargs = self._inputs(module)
             path = Path(self.path.format(epoch=trainer.current_epoch))
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = export_onnx(target, args, path, self.dialect, kwargs)
+            written = export_onnx(target, args, path, self.dialect, kwargs, **self.options)
             self.exported.append(written)
             self.mismatches = None
-            if self.verify and is_prepared(module) and module._linger.switches.quantize:
+            codes = self.options.get("integer_inputs") or self.options.get("integer_outputs")
+            quantized = is_prepared(module) and module._linger.switches.quantize
+            if self.verify and quantized and not codes:
                 self.mismatches = self._verify(target, args, kwargs, written)
         trainer.strategy.barrier("linger_onnx_export")
 
@@ -155,8 +175,7 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
                 args = example if isinstance(example, tuple) else (example,)
         elif self._example is not None:
             target, args, kwargs = self._example
-            if target is not module:
-                target = _Part(module, target)
+            target = as_root(module, target)
         else:
             msg = (
                 "ONNXExportCallback has seen no forward to take example inputs from. HINT: set "
@@ -196,18 +215,6 @@ class ONNXExportCallback(Callback):  # type: ignore[misc]
                 stacklevel=2,
             )
         return mismatches
-
-
-class _Part(nn.Module):
-    """A submodule that is called on its own, with the quantization state of the whole model."""
-
-    def __init__(self, root: nn.Module, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-        setattr(self, STATE_NAME, getattr(root, STATE_NAME))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
 
 
 def _writable(folder: Path) -> bool:

@@ -12,10 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from lightning_linger.__about__ import __version__
-from lightning_linger.cli import check, convert_checkpoint, diff_dumps, inspect, repair
+from lightning_linger.cli import (
+    check,
+    convert_checkpoint,
+    diff_dumps,
+    export,
+    inspect,
+    repair,
+    verify,
+)
 from lightning_linger.core.errors import LingerError
 
-_SUBCOMMANDS = (check, convert_checkpoint, diff_dumps, inspect, repair)
+_SUBCOMMANDS = (check, convert_checkpoint, diff_dumps, export, inspect, repair, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

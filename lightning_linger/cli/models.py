@@ -14,14 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import ConfigError, LingerError
+from lightning_linger.core.instrumentation import is_prepared
+from lightning_linger.export.part import as_root
 from lightning_linger.stages.checkpoints import (
     RECIPE_KEY,
     hyper_parameters,
     load_checkpoint,
     read_checkpoint,
+    recorded_example,
 )
+from lightning_linger.stages.prepare import prepare
 
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -102,6 +107,55 @@ def build_model(
     if arguments.ckpt is not None:
         _load_weights(model, state, arguments.ckpt)
     return model, *((args, named) if args is not None else _example_of(model))
+
+
+def build_prepared_model(
+    arguments: argparse.Namespace, batch: int | None = None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Make the model, or the part of it that is called, prepared, and inputs to call it with.
+
+    Args:
+        arguments: The parsed arguments.
+        batch: Size of the first axis of the inputs; None leaves it.
+
+    Raises:
+        ConfigError: As :func:`build_model`, or if the model does not run on the inputs.
+    """
+    model, args, kwargs = build_model(arguments)
+    if not is_prepared(model):
+        try:
+            prepare(model, args or (), kwargs)
+        except LingerError:
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            inputs = shapes_of(args or (), kwargs or {})
+            msg = (
+                f"{type(model).__name__} does not run on the inputs {inputs}: {_said(error)} Pass "
+                "other shapes with --input."
+            )
+            raise ConfigError(msg) from error
+    part, args, kwargs = recorded_example(model)
+    if batch is not None:
+        args, kwargs = _with_batch(batch, args, kwargs)
+    return as_root(model, part), args, kwargs
+
+
+def _with_batch(
+    batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat or cut the first axis, where it has the size that the first tensor's has."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+    if batch < 1 or not tensors:
+        msg = f"--batch is a positive number of samples. Found: {batch}."
+        raise ConfigError(msg)
+    size = len(tensors[0])
+
+    def resized(x: Tensor) -> Tensor:
+        fits = x.ndim > 0 and len(x) == size
+        return x[torch.arange(batch) % size] if fits else x
+
+    changed: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, resized, (args, kwargs))
+    return changed
 
 
 # --- the class ----------------------------------------------------------------------------------

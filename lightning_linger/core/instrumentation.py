@@ -204,13 +204,17 @@ class Frame:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         instrumentation = self.instrumentation
+        calls = instrumentation.calls
         if not instrumentation.engaged:
+            # Without a stack nothing tells the calls inside the first one from the next.
+            if calls == [] and self.entry and not _is_redirected_step(module):
+                calls.append(ModuleCall(module, args, kwargs))
             return
         if not instrumentation.stack:
             if not self.entry or _is_redirected_step(module):
                 return
-            if instrumentation.calls is not None:
-                instrumentation.calls.append(ModuleCall(module, args, kwargs))
+            if calls is not None:
+                calls.append(ModuleCall(module, args, kwargs))
             if instrumentation.recorder is not None:
                 instrumentation.recorder.given((args, kwargs))
             instrumentation.begin()
@@ -240,7 +244,8 @@ class Instrumentation(nn.Module):
         graph: The recorded dataflow.
         noise: Random numbers of stochastic rounding, None without.
         tap: Called after each site ran, None to call nothing.
-        calls: Collects the outermost module calls, None to collect nothing.
+        calls: Collects the outermost module calls, the first one only while every stage is off;
+            None to collect nothing.
     """
 
     def __init__(self, root: nn.Module) -> None:

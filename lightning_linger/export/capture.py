@@ -8,11 +8,10 @@ translates them afterwards, with the finished graph in view.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +22,16 @@ from onnxscript import ir
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
 from lightning_linger.core.errors import (
-    ConfigError,
     LingerError,
     QuantizationWarning,
     UnsupportedError,
 )
 from lightning_linger.core.instrumentation import Event, Instrumentation
 from lightning_linger.core.locations import caller_location
+from lightning_linger.export.inputs import Inputs, path_name, unique_names
 from lightning_linger.export.schemas import TENSOR_TYPES
 
 # Domain of the nodes that stand for the library's ops until a dialect has translated them.
@@ -68,8 +67,8 @@ class Captured:
 def capture(
     model: nn.Module,
     instrumentation: Instrumentation,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    inputs: Inputs,
+    tensors: Sequence[Tensor],
     opset_version: int,
 ) -> Captured:
     """Run the model once as it is, then record it.
@@ -80,18 +79,18 @@ def capture(
     Args:
         model: A prepared model in evaluation mode, in the number system to record.
         instrumentation: Its instrumentation.
-        args: Positional inputs of one forward.
-        kwargs: Keyword inputs.
+        inputs: The arguments of one forward.
+        tensors: What stands in the place of their tensors.
         opset_version: Of the standard ONNX domain.
 
     Raises:
         UnsupportedError: If the forward cannot be recorded, or a site is missing in the record.
     """
-    forward = _Forward(model, args, kwargs)
+    forward = _Forward(model, inputs)
     with torch.no_grad():
         example = _Watch(_Branches())
         with example.watching(instrumentation):
-            forward.run(forward.example)
+            forward.run(tensors)
         recording = _Watch(example.branches.replay())
         forward.watch = recording
         with (
@@ -99,7 +98,7 @@ def capture(
             _readable_errors("recorded"),
             _quiet_about_flat_weights(),
         ):
-            program = torch.export.export(forward, tuple(forward.example), strict=False)
+            program = torch.export.export(forward, tuple(tensors), strict=False)
     live = _live_sites(program, example.labels, recording.labels)
     with _readable_errors("translated to ONNX"), _quiet():
         translated = torch.onnx.export(
@@ -113,7 +112,7 @@ def capture(
         msg = "torch.onnx.export returned nothing."
         raise UnsupportedError(msg)
     return Captured(
-        translated.model, recording.labels.sites, live, forward.input_names, forward.output_names
+        translated.model, recording.labels.sites, live, inputs.names, forward.output_names
     )
 
 
@@ -123,26 +122,12 @@ def capture(
 class _Forward(nn.Module):
     """The model as a function of the tensors among its arguments, returning a flat tuple."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
         self.watch: _Watch | None = None
-        self._signature = inspect.signature(model.forward)
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            msg = f"`args` and `kwargs` do not fit {type(model).__name__}.forward: {error}."
-            raise ConfigError(msg) from error
-        self._bound = bound
-        paths, self._spec = tree_flatten_with_path(dict(bound.arguments))
-        self._leaves = [leaf for _, leaf in paths]
-        self.example = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        # What `*args` and `**kwargs` collect needs no common prefix.
-        variadic = {p.name for p in self._signature.parameters.values() if p.kind in _VARIADIC}
-        tensor_paths = [path for path, leaf in paths if isinstance(leaf, Tensor)]
-        named = [path[1:] if _part(path[0]) in variadic else path for path in tensor_paths]
-        self.input_names = _unique([_path_name(path, "input") for path in named])
+        self._inputs = inputs
         self.output_names: list[str] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -154,55 +139,23 @@ class _Forward(nn.Module):
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Call the model with tensors in the place of the example's."""
-        rest = iter(tensors)
-        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        arguments: dict[str, Any] = tree_unflatten(leaves, self._spec)
-        bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
+        bound = self._inputs.bind(tensors)
         output = self.model(*bound.args, **bound.kwargs)
         outputs = tree_flatten_with_path(output)[0]
         for path, leaf in outputs:
             if not isinstance(leaf, Tensor | int | float | str | type(None)):
                 msg = (
                     f"{type(self.model).__name__}.forward returns a {type(leaf).__name__} at "
-                    f"{_path_name(path, 'output')!r}. Return tensors in tuples, lists or "
+                    f"{path_name(path, 'output')!r}. Return tensors in tuples, lists or "
                     "dictionaries."
                 )
                 raise UnsupportedError(msg)
         tensors_out = [(path, leaf) for path, leaf in outputs if isinstance(leaf, Tensor)]
-        self.output_names = _unique([_path_name(path, "output") for path, _ in tensors_out])
+        self.output_names = unique_names([path_name(path, "output") for path, _ in tensors_out])
         if not tensors_out:
             msg = f"{type(self.model).__name__}.forward returns no tensor: nothing to export."
             raise UnsupportedError(msg)
         return tuple(leaf for _, leaf in tensors_out)
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _part(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _path_name(path: Sequence[Any], what: str) -> str:
-    parts = [_part(key) for key in path]
-    if not parts or parts[0].isdigit():
-        parts.insert(0, what)
-    return "_".join(parts)
-
-
-def _unique(names: list[str]) -> list[str]:
-    seen: set[str] = set()
-    result = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in seen:
-            candidate, count = f"{name}_{count}", count + 1
-        seen.add(candidate)
-        result.append(candidate)
-    return result
 
 
 # --- what a recording has to watch ------------------------------------------------------------

@@ -7,24 +7,26 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnxscript import ir
 from torch import nn
 
 from lightning_linger.__about__ import __version__
-from lightning_linger.core.errors import NotReadyError, UnsupportedError
+from lightning_linger.core.errors import ConfigError, NotReadyError
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.sites import Site
-from lightning_linger.export.capture import Captured, capture
+from lightning_linger.export.capture import capture
 from lightning_linger.export.dialect import Dialect
-from lightning_linger.export.dialects import dialect_of
+from lightning_linger.export.dialects import dialect_of, variant_of
+from lightning_linger.export.dynamic import DynamicAxes, check_axes, open_axes, resized
 from lightning_linger.export.ends import give_codes, take_codes
-from lightning_linger.export.files import check_target, write_atomically
-from lightning_linger.export.lowering import Steps, lower
+from lightning_linger.export.files import check_target
+from lightning_linger.export.inputs import Inputs
+from lightning_linger.export.lowering import Lowered, lower
+from lightning_linger.export.written import write_model
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.prepare import check_example, no_trace
 
@@ -38,8 +40,15 @@ def export_onnx(
     dialect: str = "linger",
     kwargs: dict[str, Any] | None = None,
     *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: DynamicAxes | None = None,
     integer_inputs: bool = False,
     integer_outputs: bool = False,
+    opset_version: int | None = None,
+    signed: bool = False,
+    int4_weights: bool = False,
+    external_data: bool | None = None,
 ) -> Path:
     """Write a prepared model to an ONNX file.
 
@@ -55,22 +64,37 @@ def export_onnx(
         dialect: ``linger`` (or ``linger3``), ``linger1`` for the older names of the same ops, or
             ``qdq``.
         kwargs: Keyword inputs.
+        input_names: Of the graph's inputs, one per tensor; None takes the names in ``forward``.
+        output_names: Of the graph's outputs, in the order in which ``forward`` returns them.
+        dynamic_axes: Sizes to leave open, by input and axis: ``{"x": {0: "batch"}}``. The model is
+            recorded again at twice each size; what cannot be open is refused. The engine's packer
+            needs fixed sizes: leave this out for it.
         integer_inputs: Take codes in the place of real values; their steps and zero points are in
             the metadata ``lightning_linger.inputs``.
         integer_outputs: Give codes, described in ``lightning_linger.outputs``.
+        opset_version: Of standard ONNX, for ``qdq``: 18 or more, 21 or more where codes have 16
+            bits; None takes 21.
+        signed: Write activations as int8 and int16 in the place of uint8 and uint16, in ``qdq``.
+            onnxruntime runs them with its integer kernels on x86 only if the session says
+            ``session.qdqisint8allowed = 1``, and then its sums and products may round the other way
+            next to a tie, unless scales are powers of two.
+        int4_weights: Write weights of up to 4 bits as int4, in ``qdq``. onnxruntime has no integer
+            kernels for them; results are equal where scales are powers of two.
+        external_data: Write the weights to a file of their own, ``<name>.<digest>.data`` beside
+            the path; None does so where ONNX asks for it, above 2 GB.
 
     Returns:
         The path of the file. Inputs are named as in ``forward``, outputs come in the order in
         which ``forward`` returns them.
 
     Raises:
-        ConfigError: If the dialect, the path or the inputs are wrong.
+        ConfigError: If the dialect, an option, the path or the inputs are wrong.
         NotReadyError: If the model is not prepared, or a quantized site has seen no data, or codes
             are asked for while the quantize stage is off.
         UnsupportedError: If the dialect cannot express the model; names the site. If an input is
             read, or an output computed, in real values where codes are asked for.
     """
-    chosen = dialect_of(dialect)
+    chosen = variant_of(dialect_of(dialect), opset_version, signed, int4_weights)
     target = check_target(path)
     instrumentation = instrumentation_of(model)
     check_example((args, kwargs))
@@ -78,26 +102,47 @@ def export_onnx(
     if (integer_inputs or integer_outputs) and not quantized:
         msg = "codes have no scale before the quantize stage. Quantize the model, then export it."
         raise NotReadyError(msg)
+    inputs = Inputs(model, args, kwargs or {})
+    names = _chosen_names("input_names", input_names, inputs.names)
+    sizes = check_axes(dynamic_axes or {}, names, inputs.tensors)
     sites = [site for site in instrumentation.sites if site.quantized and quantized]
-    steps: Steps = {}
+
+    def build(wanted: Mapping[str, int]) -> ir.Model:
+        tensors = resized(inputs.tensors, names, dynamic_axes or {}, wanted)
+        with integer(model) if quantized else contextlib.nullcontext():
+            captured = capture(model, instrumentation, inputs, tensors, chosen.opset_version)
+        lowered = lower(captured, chosen) if quantized else Lowered({}, {})
+        graph, ends = captured.model.graph, {}
+        outputs = _chosen_names("output_names", output_names, captured.output_names)
+        if integer_inputs:
+            ends["inputs"] = take_codes(graph, names, chosen.boundary)
+        if integer_outputs:
+            ends["outputs"] = give_codes(graph, outputs, chosen.boundary)
+        _finish(captured.model, names, outputs, chosen)
+        made = {value for node in graph for value in node.outputs}
+        results = {site: v.name for site, v in lowered.results.items() if v in made}
+        described = {"steps": lowered.steps, "results": results, **ends}
+        _describe(captured.model, sites, chosen, described)
+        return captured.model
+
     with _in_evaluation(model, instrumentation):
         _require_ready(instrumentation, sites)
         chosen.check(sites)
-        with integer(model) if quantized else contextlib.nullcontext():
-            captured = capture(model, instrumentation, args, kwargs or {}, chosen.opset_version)
-        if quantized:
-            steps = lower(captured, chosen)
-    graph, ends = captured.model.graph, {}
-    if integer_inputs:
-        ends["inputs"] = take_codes(graph, captured.input_names, chosen.boundary)
-    if integer_outputs:
-        ends["outputs"] = give_codes(graph, captured.output_names, chosen.boundary)
-    _finish(captured, chosen)
-    _describe(captured.model, sites, chosen, {"steps": steps, **ends})
-    proto = ir.serde.serialize_model(captured.model)
-    _check(proto)
-    write_atomically(target, proto.SerializeToString())
+        exported = open_axes(build, sizes) if sizes else build({})
+    _remove_unused(exported.graph)
+    write_model(exported, target, external_data)
     return target
+
+
+def _chosen_names(what: str, chosen: Sequence[str] | None, own: list[str]) -> list[str]:
+    if chosen is None:
+        return own
+    names = list(chosen)
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong or len(names) != len(own) or len(set(names)) != len(names):
+        msg = f"`{what}` takes {len(own)} different names, for {own}. Found: {names}."
+        raise ConfigError(msg)
+    return names
 
 
 @contextlib.contextmanager
@@ -129,10 +174,12 @@ def _require_ready(instrumentation: Instrumentation, sites: list[Site]) -> None:
 # --- the finished graph -----------------------------------------------------------------------
 
 
-def _finish(captured: Captured, dialect: Dialect) -> None:
-    model, graph = captured.model, captured.model.graph
+def _finish(
+    model: ir.Model, input_names: list[str], output_names: list[str], dialect: Dialect
+) -> None:
+    graph = model.graph
     _remove_unused(graph)
-    _name_ends(graph, captured.input_names, captured.output_names)
+    _name_ends(graph, input_names, output_names)
     _make_names_unique(graph)
     for node in graph:
         node.metadata_props.clear()
@@ -207,7 +254,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _describe(
-    model: ir.Model, sites: list[Site], dialect: Dialect, scales: Mapping[str, Steps]
+    model: ir.Model, sites: list[Site], dialect: Dialect, described: Mapping[str, Any]
 ) -> None:
     model.producer_name = "lightning-linger"
     model.producer_version = __version__
@@ -219,7 +266,7 @@ def _describe(
     model.metadata_props[METADATA_PREFIX + "dialect"] = dialect.name
     model.metadata_props[METADATA_PREFIX + "platform"] = ",".join(platforms)
     model.metadata_props[METADATA_PREFIX + "config"] = json.dumps(_config_summary(sites))
-    for name, found in scales.items():
+    for name, found in described.items():
         model.metadata_props[METADATA_PREFIX + name] = json.dumps(found)
 
 
@@ -233,11 +280,3 @@ def _config_summary(sites: list[Site]) -> dict[str, Any]:
         if config != common
     }
     return {"common": common, "sites": differing}
-
-
-def _check(proto: onnx.ModelProto) -> None:
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        msg = f"the graph is not valid ONNX: {error} Nothing was written; please report it."
-        raise UnsupportedError(msg) from error

@@ -8,7 +8,7 @@ from onnx.defs import OpSchema
 
 from lightning_linger.export.dialect import Translation
 from lightning_linger.export.linger import LINGER
-from lightning_linger.export.qdq import QDQ, translation_of
+from lightning_linger.export.qdq import QDQ, add_write
 from lightning_linger.export.qdq.writer import Write
 from lightning_linger.export.runner.interpreter import KERNELS
 from lightning_linger.export.runner.step import Kernel
@@ -38,14 +38,15 @@ def register_export(
     Raises:
         ValueError: If a dialect has a row for the op already, or the runner a kernel.
     """
-    rows = ((LINGER, linger), (QDQ, None if qdq is None else translation_of(qdq)))
+    rows = ((LINGER, linger), (QDQ, qdq))
     taken = [dialect.name for dialect, row in rows if row and integer_op in dialect.table]
     taken += [f"{op_type} (runner)" for op_type in kernels or {} if op_type in KERNELS]
     if taken:
         msg = f"the integer op {integer_op!r} has a translation already: {taken}."
         raise ValueError(msg)
     register_schemas(schemas)
-    for dialect, row in rows:
-        if row is not None:
-            dialect.table[integer_op] = row
+    if linger is not None:
+        LINGER.table[integer_op] = linger
+    if qdq is not None:
+        add_write(integer_op, qdq)
     KERNELS.update(kernels or {})

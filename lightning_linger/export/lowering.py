@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from onnxscript import ir
@@ -28,11 +29,21 @@ MOVEMENTS = (
 )
 
 
-def lower(captured: Captured, dialect: Dialect) -> Steps:
-    """Replace every recorded op by the dialect's nodes.
+@dataclass(frozen=True)
+class Lowered:
+    """What is known about a graph that was written in a dialect.
 
-    Returns:
-        The steps of each recorded op (``real = step * code``) by node name and argument.
+    Args:
+        steps: The steps of each recorded op (``real = step * code``) by node name and argument.
+        results: The value that holds the result of each site.
+    """
+
+    steps: Steps
+    results: dict[str, ir.Value]
+
+
+def lower(captured: Captured, dialect: Dialect) -> Lowered:
+    """Replace every recorded op by the dialect's nodes.
 
     Raises:
         UnsupportedError: If the dialect has no translation of an op, or a site that contributes to
@@ -43,6 +54,7 @@ def lower(captured: Captured, dialect: Dialect) -> Steps:
     names: Counter[str] = Counter()
     producers: dict[ir.Value, str] = {}
     steps: Steps = {}
+    main: dict[str, ir.Value] = {}
     for node in list(graph):
         if node.domain != CAPTURE_DOMAIN:
             _follow(node, producers)
@@ -63,10 +75,12 @@ def lower(captured: Captured, dialect: Dialect) -> Steps:
         for output, result in zip(node.outputs, results, strict=True):
             replace_value(graph, output, result)
             producers[result] = call.site
+        if node.op_type not in OPERAND_OPS:
+            main[call.site] = results[0]
         graph.remove(node, safe=True)
     _require_all(captured.live, found)
     dialect.finish(graph)
-    return steps
+    return Lowered(steps, main)
 
 
 def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

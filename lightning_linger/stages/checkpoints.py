@@ -138,7 +138,8 @@ def restore(
             "checkpoint, or load this one with the version that wrote it."
         )
         raise ConfigError(msg) from error
-    instrumentation_of(model).example = recipe["example"]
+    if example_inputs is None and example_kwargs is None:
+        instrumentation_of(model).example = recipe["example"]
     return model
 
 

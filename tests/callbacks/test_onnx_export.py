@@ -80,6 +80,16 @@ def test_a_step_that_calls_one_part_exports_that_part(tmp_path: Path) -> None:
     assert export.mismatches == 0
 
 
+def test_options_reach_the_export(tmp_path: Path) -> None:
+    options = {"input_names": ["image"], "dynamic_axes": {"image": {0: "batch"}}}
+    export = ONNXExportCallback(tmp_path / "m.onnx", options=options)
+    fitted(tmp_path, [QuantizeCallback(), export], epochs=1)
+    assert export.mismatches == 0
+    (value,) = onnx.load(export.exported[0]).graph.input
+    assert value.name == "image"
+    assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
 def late(folder: Path) -> None:
     export = ONNXExportCallback(folder / "model.onnx", at_epoch=5)
     trainer(folder, [export], epochs=2).fit(Classifier(), loader())
@@ -99,6 +109,10 @@ def before_quantize(folder: Path) -> None:
 
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown dialect": (lambda _: ONNXExportCallback("m.onnx", "qnn"), r"'qnn'.*'linger'.*'qdq'"),
+    "unknown option": (
+        lambda _: ONNXExportCallback("m.onnx", options={"opset": 18}),
+        r"\['opset'\].*opset_version",
+    ),
     "negative epoch": (lambda _: ONNXExportCallback("m.onnx", at_epoch=-1), r"at_epoch.*-1"),
     "one path for several epochs": (
         lambda _: ONNXExportCallback("m.onnx", at_epoch=[1, 2]),

@@ -12,7 +12,7 @@ from onnxscript import ir
 from lightning_linger.export.capture import ARGUMENTS, CAPTURE_DOMAIN, Captured
 from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.lowering import lower
-from lightning_linger.export.qdq import boundary, qdq_dialect
+from lightning_linger.export.qdq import WRITES, boundary, qdq_dialect
 
 
 def value(name, dtype):
@@ -68,8 +68,8 @@ def run(captured, x):
 
 def test_translation_with_two_results():
     captured = recorded()
-    steps = lower(captured, dialect_of(two))
-    assert steps == {"site/dequantize": {"scale": 0.5}}
+    lowered = lower(captured, dialect_of(two))
+    assert lowered.steps == {"site/dequantize": {"scale": 0.5}}
     assert [node.op_type for node in captured.model.graph] == ["Cast", "Neg", "Abs", "Sub"]
     difference, second = run(captured, np.array([1, -2, 3], np.int8))
     np.testing.assert_array_equal(second, np.array([1, 2, 3], np.float32))
@@ -77,7 +77,7 @@ def test_translation_with_two_results():
 
 
 def test_qdq_translation_with_two_results(monkeypatch):
-    monkeypatch.setitem(boundary.TABLE, "dequantize", write_two)
+    monkeypatch.setitem(WRITES, "dequantize", write_two)
     captured = recorded()
     lower(captured, qdq_dialect("test", signed=True))
     difference, second = run(captured, np.array([1, -2, 3], np.int8))

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_linger.core.errors import UnsupportedError
+import onnx
+
+from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
 from lightning_linger.export.qdq import (
@@ -43,7 +45,7 @@ from lightning_linger.export.qdq import (
     softmax,
 )
 from lightning_linger.export.qdq.movement import finish
-from lightning_linger.export.qdq.writer import SIGNED, UNSIGNED, Write, Writer
+from lightning_linger.export.qdq.writer import SIGNED, UNSIGNED, Form, Write, Writer
 
 _TABLES: tuple[dict[str, Write], ...] = (
     boundary.TABLE,
@@ -82,13 +84,17 @@ def _check(sites: Sequence[Site]) -> None:
             raise UnsupportedError(msg)
 
 
-def translation_of(write: Write, signed: bool = False) -> Translation:
-    """Return a translation that writes standard ONNX on stored codes."""
-    storages = SIGNED if signed else UNSIGNED
-    return lambda builder, call: write(Writer(builder, call, storages))
+# How each op is written; ops from outside the library are added.
+WRITES: dict[str, Write] = {op: write for table in _TABLES for op, write in table.items()}
+
+# The last opset whose QuantizeLinear has 8 bits only, and the first that the graphs can be.
+_NARROW_OPSET, _FIRST_OPSET = 20, 18
+_LATEST_OPSET = 25
 
 
-def qdq_dialect(name: str = "qdq", signed: bool = False) -> Dialect:
+def qdq_dialect(
+    name: str = "qdq", signed: bool = False, int4_weights: bool = False, opset_version: int = 21
+) -> Dialect:
     """Return the dialect.
 
     Args:
@@ -97,19 +103,46 @@ def qdq_dialect(name: str = "qdq", signed: bool = False) -> Dialect:
             The codes are the same. onnxruntime runs such a graph with its integer kernels on x86
             only if the session says ``session.qdqisint8allowed = 1``, and its sums and products may
             then round the other way next to a tie, unless scales are powers of two.
+        int4_weights: Store weights of up to 4 bits as int4.
+        opset_version: Of standard ONNX; 21 is the first in which quantized values may have 16 or 4
+            bits.
+
+    Raises:
+        ConfigError: If the opset is not one that the graphs can be written in.
     """
+    latest = min(_LATEST_OPSET, onnx.defs.onnx_opset_version())
+    known = type(opset_version) is int and _FIRST_OPSET <= opset_version <= latest
+    if not known or (int4_weights and opset_version <= _NARROW_OPSET):
+        first = _NARROW_OPSET + 1 if int4_weights else _FIRST_OPSET
+        what = " with int4 weights" if int4_weights else ""
+        msg = f"`opset_version`{what} is {first} to {latest}. Found: {opset_version!r}."
+        raise ConfigError(msg)
     storages = SIGNED if signed else UNSIGNED
+    form = Form(storages, int4_weights, wide=opset_version > _NARROW_OPSET)
     return Dialect(
         name=name,
-        table={op: translation_of(w, signed) for table in _TABLES for op, w in table.items()},
-        # The first in which quantized values may have 16 bits.
-        opset_version=21,
-        ir_version=10,
+        table={op: _translation(write, form) for op, write in WRITES.items()},
+        opset_version=opset_version,
+        ir_version=_IR_VERSIONS.get(opset_version, 10),
         domains={},
         check=_check,
         finish=lambda graph: finish(graph, storages),
         boundary=boundary.BOUNDARY,
     )
+
+
+# An older reader refuses a file of a newer format version than its own.
+_IR_VERSIONS = {18: 8, 19: 9, 20: 9}
+
+
+def _translation(write: Write, form: Form) -> Translation:
+    return lambda builder, call: write(Writer(builder, call, form))
+
+
+def add_write(integer_op: str, write: Write) -> None:
+    """Add an op from outside the library."""
+    WRITES[integer_op] = write
+    QDQ.table[integer_op] = _translation(write, Form(UNSIGNED))
 
 
 QDQ = qdq_dialect()

@@ -35,7 +35,7 @@ class _BodyWriter(Writer):
     """Adds nodes to the body of a Scan; constants stay in the graph around it."""
 
     def __init__(self, outer: Writer) -> None:
-        super().__init__(outer.builder, outer.call, outer.storages)
+        super().__init__(outer.builder, outer.call, outer.form)
         self.nodes: list[ir.Node] = []
 
     def node(

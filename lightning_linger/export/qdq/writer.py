@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxscript import ir
 
+from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.integer import code_limits
 from lightning_linger.export.dialect import Builder, Call, Results, dtype_of, shape_of
 
@@ -55,6 +56,21 @@ SIGNED = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an export may choose.
+
+    Args:
+        storages: How codes are stored, by width.
+        int4_weights: Whether weights of up to 4 bits are stored as int4.
+        wide: Whether the opset quantizes to 16 bits.
+    """
+
+    storages: dict[int, Storage]
+    int4_weights: bool = False
+    wide: bool = True
+
+
 def width_of(value: ir.Value) -> int:
     """Return the width that codes are stored in."""
     return _WIDTHS[dtype_of(value)]
@@ -71,13 +87,14 @@ class Writer:
     Args:
         builder: Of the op.
         call: The op.
-        storages: How codes are stored, by width.
+        form: What the export has chosen.
     """
 
-    def __init__(self, builder: Builder, call: Call, storages: dict[int, Storage]) -> None:
+    def __init__(self, builder: Builder, call: Call, form: Form) -> None:
         self.builder = builder
         self.call = call
-        self.storages = storages
+        self.form = form
+        self.storages = form.storages
 
     def node(
         self,
@@ -103,7 +120,14 @@ class Writer:
 
     def storage(self, bits: int) -> Storage:
         """Return how codes of a width are stored."""
-        return self.storages[payload_width(bits)]
+        width = payload_width(bits)
+        if width > 8 and not self.form.wide:
+            msg = (
+                f"`{self.call.site}`: codes of {bits} bits need opset_version=21 or later. Leave "
+                "`opset_version` out, or use 8 bits."
+            )
+            raise UnsupportedError(msg)
+        return self.storages[width]
 
     # --- entering and leaving the grid ------------------------------------------------------
 
@@ -132,6 +156,8 @@ class Writer:
         self, codes: NDArray[Any], scales: NDArray[np.float32], suffix: str, axis: int = 0
     ) -> ir.Value:
         """Add a dequantized weight or bias, with one scale or one per entry of ``axis``."""
+        if codes.dtype == np.int8 and self.form.int4_weights and _fits_int4(self.call, codes):
+            codes = codes.astype(ir.DataType.INT4.numpy())
         zeros = np.zeros(scales.shape, codes.dtype)
         per_axis = axis if scales.ndim else None
         return self._dequantize(self.constant(codes, suffix), scales, zeros, suffix, per_axis)
@@ -194,6 +220,11 @@ class Writer:
 
 # How one recorded op is written.
 Write = Callable[[Writer], Results]
+
+
+def _fits_int4(call: Call, codes: NDArray[Any]) -> bool:
+    low, high = code_limits(4)
+    return bool(call.arguments.get("bits_w", 8) <= 4 and low <= codes.min() <= codes.max() <= high)
 
 
 # --- values -------------------------------------------------------------------------------------
