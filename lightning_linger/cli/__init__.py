@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from lightning_linger.__about__ import __version__
-from lightning_linger.cli import check, convert_checkpoint, diff_dumps
+from lightning_linger.cli import analyse, check, convert_checkpoint, diff_dumps
 from lightning_linger.core.errors import LingerError
 
-_SUBCOMMANDS = (check, convert_checkpoint, diff_dumps)
+_SUBCOMMANDS = (analyse, check, convert_checkpoint, diff_dumps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
