@@ -59,6 +59,7 @@ class StageCallback(Callback):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Switch by epoch or condition."""
         self._follow_schedule(trainer, pl_module)
+        _show_stages(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -80,11 +81,21 @@ class StageCallback(Callback):  # type: ignore[misc]
         wanted = self.schedule.is_on(trainer, module, on)
         if wanted != on:
             self.switch(module, wanted)
+            _show_stages(trainer, module)
 
 
 def stages_of(trainer: Any) -> list[StageCallback]:
     """Return the callbacks of a trainer that are stages."""
     return [callback for callback in trainer.callbacks if isinstance(callback, StageCallback)]
+
+
+def _show_stages(trainer: Any, module: Any) -> None:
+    """Show in the postfix of the progress bar which stages are on."""
+    if trainer.progress_bar_callback is None:
+        return
+    stages = sorted(stages_of(trainer), key=lambda item: item.order)
+    on = "+".join(callback.stage for callback in stages if callback.is_on(module))
+    trainer.progress_bar_metrics["stage"] = on or "float"
 
 
 def plan_stages(trainer: Any, module: Any, stage: str) -> None:

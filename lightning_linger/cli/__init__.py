@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from lightning_linger.__about__ import __version__
 from lightning_linger.cli import (
+    analyse,
     check,
     convert_checkpoint,
     diff_dumps,
@@ -23,7 +24,7 @@ from lightning_linger.cli import (
 )
 from lightning_linger.core.errors import LingerError
 
-_SUBCOMMANDS = (check, convert_checkpoint, diff_dumps, export, inspect, repair, verify)
+_SUBCOMMANDS = (analyse, check, convert_checkpoint, diff_dumps, export, inspect, repair, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

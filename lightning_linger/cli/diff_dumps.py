@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lightning_linger.analysis.dumps import DumpDifferences, compare_references, diff_dumps
+from lightning_linger.cli.output import print_table
 from lightning_linger.core.errors import ConfigError
 
 DIFFERENT = 1
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         row = found.first
         where = f" of {row.module}" if row.module else ""
         print(f"first difference: {row.op}{where}: {row.value or 'the op'}: {row.found}")
-    print(DumpDifferences(found[: arguments.rows]))
+    print_table(DumpDifferences(found[: arguments.rows]))
     if len(found) > arguments.rows:
         print(f"... {len(found) - arguments.rows} more")
     return DIFFERENT

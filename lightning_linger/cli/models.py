@@ -35,13 +35,13 @@ _DTYPES = {
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a model."""
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the arguments that name a model, which may have to be there."""
     add = parser.add_argument
     add(
         "--module",
         metavar="MODULE:CLASS",
-        required=True,
+        required=required,
         help="the model's class, e.g. my.module:Class; the working directory is searched first",
     )
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,25 @@ def is_distributed() -> bool:
 def rank() -> int:
     """Return the number of this process, 0 if it is alone."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def process_rank() -> int | None:
+    """Return the number of this process, None if it is alone.
+
+    Known before the processes have met, too, from what the launchers set.
+    """
+    if is_distributed():
+        return dist.get_rank()
+    several = any(_number(name) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    if not several or (dist.is_available() and dist.is_initialized()):
+        return None
+    launched = (name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ)
+    return _number(next(launched, ""))
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else 0
 
 
 def max_over_ranks(x: Tensor) -> Tensor:

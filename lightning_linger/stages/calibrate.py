@@ -11,6 +11,9 @@ from torch import nn
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.logs import logger
+from lightning_linger.core.progress import with_progress
+from lightning_linger.stages.journal import log_sites
 from lightning_linger.stages.prepare import check_example
 from lightning_linger.stages.quantize import quantize
 
@@ -41,7 +44,7 @@ def calibrate(
     try:
         _learn_in_evaluation(instrumentation)
         with torch.no_grad():
-            for batch in loader:
+            for batch in with_progress(loader, "Calibrating"):
                 check_example(batch)
                 _call(model, batch)
                 batches += 1
@@ -52,6 +55,8 @@ def calibrate(
     if batches == 0:
         msg = "the calibration loader gave no batch."
         raise ConfigError(msg)
+    logger.info("calibrated %s on %d batches", type(model).__name__, batches)
+    log_sites(model)
     return model
 
 

@@ -13,6 +13,7 @@ from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.weighted import WeightedOp
+from lightning_linger.stages.journal import log_switch
 
 
 def fuse_bn(
@@ -59,10 +60,12 @@ def plan_fuse_bn(
 def switch_fuse_bn(model: nn.Module, on: bool, mode: FuseMode | None = None) -> nn.Module:
     """Switch planned folding on or off, or change its mode."""
     instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.fuse
     instrumentation.switches.fuse = on
     if mode is not None:
         instrumentation.switches.fuse_mode = FuseConfig(mode).mode
     instrumentation.thaw()
+    log_switch(model, "fuse_bn", before, on)
     return model
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_linger.core.config import Limit, LimitGradient, NormalizeConfig
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.sites import Limits, Site
+from lightning_linger.stages.journal import log_switch
 from lightning_linger.stages.selection import NORMALIZE_MARK, Fields, Selection
 
 
@@ -73,8 +74,10 @@ def plan_normalize(
 def switch_normalize(model: nn.Module, on: bool) -> nn.Module:
     """Switch planned limits on or off."""
     instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.normalize
     instrumentation.switches.normalize = on
     instrumentation.thaw()
+    log_switch(model, "normalize", before, on)
     return model
 
 

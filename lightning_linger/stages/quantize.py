@@ -26,6 +26,7 @@ from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_o
 from lightning_linger.ops.norm import BatchNormOp
 from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.platforms import platform_of
+from lightning_linger.stages.journal import log_switch
 from lightning_linger.stages.selection import QUANT_MARK, Fields, Selection
 
 # A sigmoid's 8-bit result no longer changes beyond.
@@ -58,8 +59,10 @@ def quantize(
 def switch_quantize(model: nn.Module, on: bool) -> nn.Module:
     """Switch planned quantizers on or off."""
     instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.quantize
     instrumentation.switches.quantize = on
     instrumentation.thaw()
+    log_switch(model, "quantize", before, on)
     return model
 
 

@@ -24,7 +24,10 @@ class SummaryRow:
         system: ``fake`` if it is quantized now, ``planned`` if it will be, ``folded`` into the
             layer before it, ``merged`` into the quantizer before it, else ``float``.
         bits: ``weight/input/output`` widths, empty for float.
+        scale_kind: ``power_of_two`` or ``free``, with ``/channel`` where each output channel of the
+            weight has a scale of its own; empty for float.
         scale: Step of the output as a power of two or a number, empty while unknown.
+        range: Largest magnitude of the output seen so far, empty while unknown.
         stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
         why_float: Why it is not quantized, empty if it is.
     """
@@ -33,7 +36,9 @@ class SummaryRow:
     op: str
     system: str
     bits: str
+    scale_kind: str
     scale: str
+    range: str
     stage: str
     why_float: str
 
@@ -54,7 +59,7 @@ def summary(model: nn.Module) -> Summary:
             rows.append(_site_row(instrumentation, instrumentation.find(node.key)))
         elif op is None and any(spec.floating and not spec.constant for spec in node.inputs):
             why = "no quantized meaning; gets and gives plain values"
-            rows.append(SummaryRow(node.key, node.op, "float", "", "", "", why))
+            rows.append(SummaryRow(node.key, node.op, "float", "", "", "", "", "", why))
     return Summary(rows)
 
 
@@ -87,7 +92,17 @@ def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
         system, bits, stages, why = "folded", "", [], ""
     elif site.merged and switches.quantize:
         system = "merged"
-    return SummaryRow(site.key, site.op.kind, system, bits, _scale(site), ", ".join(stages), why)
+    return SummaryRow(
+        site=site.key,
+        op=site.op.kind,
+        system=system,
+        bits=bits,
+        scale_kind=_scale_kind(site) if bits else "",
+        scale=_scale(site),
+        range=_range(site),
+        stage=", ".join(stages),
+        why_float=why,
+    )
 
 
 def _bits(site: Site) -> str:
@@ -102,6 +117,20 @@ def _bits(site: Site) -> str:
         bits = site.config.output_bits
         output = str(bits) if bits is not None and bits > WIDEST_OPERAND else "float"
     return f"{weight}/{site.config.activation_bits}/{output}"
+
+
+def _scale_kind(site: Site) -> str:
+    grid = site.output.grid if site.output is not None else site.weight_grid
+    if grid is None:
+        return ""
+    per_channel = site.weight_grid is not None and site.granularity == "channel"
+    return f"{grid.scale_kind}/channel" if per_channel else grid.scale_kind
+
+
+def _range(site: Site) -> str:
+    if site.output is None or not site.output.known:
+        return ""
+    return f"{float(site.output.estimator.absmax()):.4g}"
 
 
 def _scale(site: Site) -> str:

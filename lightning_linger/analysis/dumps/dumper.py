@@ -41,6 +41,8 @@ from lightning_linger.core.locations import caller_location
 NOT_DUMPED = {
     *("copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"),
     *("detach", "alias", "lift_fresh", "_local_scalar_dense"),
+    # Memory without values, which differs from run to run.
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
 
 ARGUMENT = "arg_"
@@ -58,7 +60,8 @@ class Dumper:
     values (``result_codes``). ``op.json`` says which module, site and line of the program called.
 
     The run itself is not changed: results, gradients and random numbers are the same bits as
-    without the dumper. Copies between tensors are left out.
+    without the dumper. Copies between tensors and
+    new memory without values are left out.
 
     Args:
         path: Folder of the dump. One that exists is never written into: the next free of

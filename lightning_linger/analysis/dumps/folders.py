@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lightning_linger.analysis.dumps.values import Description
+from lightning_linger.core.distributed import process_rank
 from lightning_linger.core.errors import ConfigError
 
 OP_FILE = "op.json"
@@ -29,7 +29,7 @@ def create_folder(path: str | os.PathLike[str]) -> Path:
         ConfigError: If the file system refuses.
     """
     wanted = Path(path)
-    rank = _rank()
+    rank = process_rank()
     number = 0
     while True:
         name = f"{wanted.name}{number or ''}" + (f"_rank{rank}" if rank is not None else "")
@@ -47,16 +47,6 @@ def create_folder(path: str | os.PathLike[str]) -> Path:
             msg = f"cannot dump into {str(wanted)!r}: {error.strerror or error}."
             raise ConfigError(msg) from error
         return folder
-
-
-def _rank() -> int | None:
-    """Return the number of this process among those of the run, None if it is alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        several = torch.distributed.get_world_size() > 1
-        return torch.distributed.get_rank() if several else None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return int(os.environ.get("RANK", "0"))
-    return None
 
 
 class OpFolder:
