@@ -17,6 +17,10 @@ from lightning_linger.export.qdq.writer import (
     width_of,
 )
 
+# What onnxruntime moves as bytes and floats only.
+_NARROW = ("DepthToSpace", "Pad", "SpaceToDepth")
+_WIDE_CODES = (ir.DataType.INT16, ir.DataType.UINT16)
+
 
 def finish(graph: ir.Graph, storages: dict[int, Storage]) -> None:
     """Let what moves codes around move stored codes."""
@@ -26,7 +30,9 @@ def finish(graph: ir.Graph, storages: dict[int, Storage]) -> None:
         if any(is_stored(output) for output in node.outputs) or _is_end(node):
             continue
         if node.op_type == "Pad":
-            _pad_with_stored(graph, node, storages)
+            _pad_with_stored(node, graph, storages)
+        if node.op_type in _NARROW and dtype_of(node.outputs[0]) in _WIDE_CODES:
+            _in_floats(graph, node, storages[16].dtype)
         for output in node.outputs:
             mark(output)
             if output.dtype in CODES:
@@ -39,7 +45,7 @@ def _is_end(node: ir.Node) -> bool:
     return node.op_type in ("DequantizeLinear", "ConvInteger", "MatMulInteger")
 
 
-def _pad_with_stored(graph: ir.Graph, node: ir.Node, storages: dict[int, Storage]) -> None:
+def _pad_with_stored(node: ir.Node, graph: ir.Graph, storages: dict[int, Storage]) -> None:
     """Pad with the stored form of the code, where a missing constant means the code 0."""
     mode = node.attributes.get("mode")
     source, output = node.inputs[0], node.outputs[0]
@@ -48,14 +54,8 @@ def _pad_with_stored(graph: ir.Graph, node: ir.Node, storages: dict[int, Storage
     storage = storages[width_of(source)]
     given = node.inputs[2] if len(node.inputs) > 2 else None
     code = storage.store(np.zeros((), np.int8) if given is None else array_of(given))
-    if storage.bits == 16:  # onnxruntime pads bytes and floats, which hold 16 bits as well
+    if storage.bits == 16:
         code = code.astype(np.float32)
-        real, back = _like(source, FLOAT, "real"), _like(output, storage.dtype, "stored")
-        graph.insert_before(node, _cast(source, real))
-        node.replace_input_with(0, real)
-        replace_value(graph, output, mark(back))
-        graph.insert_after(node, _cast(output, back))
-        output.dtype = FLOAT
     name = f"{output.name}/value"
     tensor = ir.Tensor(code, name=name)
     value = ir.Value(
@@ -64,6 +64,18 @@ def _pad_with_stored(graph: ir.Graph, node: ir.Node, storages: dict[int, Storage
     graph.initializers[name] = value
     node.resize_inputs(max(3, len(node.inputs)))
     node.replace_input_with(2, value)
+
+
+def _in_floats(graph: ir.Graph, node: ir.Node, stored: ir.DataType) -> None:
+    """Move 16-bit codes as floats, which hold them exactly."""
+    source, output = node.inputs[0], node.outputs[0]
+    assert source is not None  # that is what made it a movement of codes
+    real, back = _like(source, FLOAT, "real"), _like(output, stored, "stored")
+    graph.insert_before(node, _cast(source, real))
+    node.replace_input_with(0, real)
+    replace_value(graph, output, mark(back))
+    graph.insert_after(node, _cast(output, back))
+    output.dtype = FLOAT
 
 
 def _like(value: ir.Value, dtype: ir.DataType, suffix: str) -> ir.Value:
