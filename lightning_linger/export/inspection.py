@@ -193,6 +193,7 @@ class _Linger:
         self.left: dict[str, Codes] = {}
         self.problems: list[str] = []
         self._quants: dict[tuple[str, State], str] = {}
+        self._dequants: dict[str, str] = {}
 
     def run(self) -> None:
         """Go through the nodes."""
@@ -215,6 +216,8 @@ class _Linger:
             if state is not None:
                 self.problems.append(f"{label_of(node)} quantizes codes ({state})")
             wanted = engine.results[0]
+            if source in self._dequants:
+                self.problems.append(f"{label_of(node)} undoes `{self._dequants[source]}`")
             first = self._quants.setdefault((source, wanted), node.name)
             if first != node.name:
                 self.problems.append(f"{label_of(node)} repeats `{first}`")
@@ -227,6 +230,7 @@ class _Linger:
                 self._compare(node, state, Codes(state.bits, said.scale))
             if state is not None:
                 self.left[node.output[0]] = state
+            self._dequants[node.output[0]] = node.name
             return LEAVES, [None]
         for place, wanted in engine.operands.items():
             if node.input[place] in self.states:

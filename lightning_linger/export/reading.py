@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -31,11 +32,9 @@ def read_model(source: Source) -> onnx.ModelProto:
     if not model.graph.output:
         msg = f"{_shown(source)} holds no ONNX graph with outputs."
         raise ConfigError(msg)
-    try:
-        _require_text(model.graph)
-    except UnicodeDecodeError as error:
+    if not all(map(_is_text, _names(model.graph))):
         msg = f"{_shown(source)} is damaged: a name in it is no text."
-        raise ConfigError(msg) from error
+        raise ConfigError(msg)
     nodes = _in_order(model.graph, source)
     if nodes != list(model.graph.node):
         sorted_model = onnx.ModelProto()
@@ -117,14 +116,17 @@ def _shown(source: Source) -> str:
     return "bytes" if isinstance(source, bytes) else repr(os.fspath(source))
 
 
-def _require_text(graph: onnx.GraphProto) -> None:
-    """Touch every name, which is decoded when it is read."""
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        str(value.name)
+        yield value.name
     for node in graph.node:
-        str((node.name, node.op_type, node.domain, list(node.input), list(node.output)))
-        for attribute in node.attribute:
-            str(attribute.name)
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _is_text(name: object) -> bool:
+    # What is no UTF-8 comes as bytes.
+    return isinstance(name, str)
 
 
 def _in_order(graph: onnx.GraphProto, source: Source) -> list[onnx.NodeProto]:

@@ -248,10 +248,15 @@ class _Repair:
         return self.made[value, wanted]
 
     def _requantized(self, value: str, given: Codes, wanted: Codes, quant: onnx.NodeProto) -> str:
+        if given.scale is None:
+            msg = f"{label_of(quant)} reads the codes {value!r}, and nothing says their scale."
+            raise UnsupportedError(msg)
         if (value, wanted) not in self.made:
             name = self._free(f"{quant.name or quant.output[0]}/requantize")
-            attributes = {"data_bits": given.bits, "scale_x": given.scale}
-            attributes |= {"o_bits": wanted.bits, "scale_o": wanted.scale}
+            attributes: dict[str, int | float | None] = {
+                **{"data_bits": given.bits, "scale_x": given.scale},
+                **{"o_bits": wanted.bits, "scale_o": wanted.scale},
+            }
             self._insert(REQUANT, value, name, attributes, wanted)
             self.made[value, wanted] = name
             self.changes.append(f"inserted Requant `{name}`, from {given} to {wanted}")

@@ -50,6 +50,10 @@ def test_the_chain_of_a_linger_file():
             ],
             "'Quant_p' .* repeats `Quant_q`",
         ),
+        (
+            [*CHAIN[:4], node("Quant", ["y"], ["z"], scale_x=16.0)],
+            "'Quant_z' .* undoes `Dequ",
+        ),
         ([node("QAdd", ["x", "x"], ["y"], **ADD)], "'QAdd_y' .* reads real values, wants int8"),
         (
             [*CHAIN[:1], node("QAdd", ["q", "q"], ["y"], **ADD | {"scale_y": 8.0})],

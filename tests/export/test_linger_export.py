@@ -549,6 +549,16 @@ def test_no_warning_without_a_branch(tmp_path):
         export_onnx(model, (x,), tmp_path / "model.onnx")
 
 
+def test_no_warning_about_the_weights_of_recurrent_layers(tmp_path):
+    x = torch.randn(1, 4, 3)
+    model = Lambda(lambda m, x: m.rnn(x)[0], rnn=nn.LSTM(3, 3, batch_first=True))
+    linger.prepare(model, (x,))
+    linger.calibrate(linger.quantize(model), [(x,)]).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(model, (x,), tmp_path / "model.onnx")
+
+
 # --- what export leaves behind ----------------------------------------------------------------
 
 

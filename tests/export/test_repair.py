@@ -292,6 +292,12 @@ def test_constants_and_places_are_left_alone():
             linger.UnsupportedError,
             "scale_x must be a positive number",
         ),
+        (
+            [node("Quant", ["z"], ["y"], data_bits=8, scale_x=1.0)],
+            {"z": onnx.TensorProto.INT16},
+            linger.UnsupportedError,
+            "Quant_y.* reads the codes 'z', and nothing says their scale",
+        ),
         ([node("iqAdd", ["x", "y"], ["y"], **ADD)], {}, linger.ConfigError, "the graph is a cycle"),
     ],
 )

@@ -27,6 +27,7 @@ from lightning_linger.core.sites import Site, real_values
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.capture import flat_tensors
+from lightning_linger.export.inspection import inspect_model
 from tests.models import assert_integer_exact, train
 from tests.ops import operators_table
 from tests.ops.cases import ALL, Case
@@ -449,6 +450,8 @@ def assert_exports_or_refuses(case: Case, target: Target, path: Any) -> None:
         assert REMEDY.search(str(caught.value)), "the message does not say what to do"
         return
     export_onnx(model, inputs, path, dialect)
+    # One Quant per value and scale, none behind a Dequant, and neighbours agree about scales.
+    assert inspect_model(path).problems == []
     for x in both_inputs(case, inputs):
         expected = integer_results(model, x)
         if dialect == "linger":
