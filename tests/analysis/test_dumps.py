@@ -105,10 +105,18 @@ def test_row53_disabled_makes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_above_are_made_and_a_file_there_is_an_error(tmp_path: Path) -> None:
+def test_folders_above_are_made_and_a_file_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with linger.Dumper(f"{tmp_path}/a/b/dump/") as dumper:
         pass
     assert dumper.folder == tmp_path / "a" / "b" / "dump"
+    monkeypatch.chdir(tmp_path)
+    with linger.Dumper("") as dumper:
+        pass
+    assert dumper.folder == Path("dump")
+    with pytest.raises(linger.ConfigError, match="can be made"), linger.Dumper(tmp_path / ".."):
+        pass
     (tmp_path / "file").touch()
     with pytest.raises(linger.ConfigError, match="file"), linger.Dumper(tmp_path / "file" / "dump"):
         pass
