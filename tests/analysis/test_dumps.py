@@ -105,10 +105,18 @@ def test_row53_disabled_makes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_above_are_made_and_a_file_there_is_an_error(tmp_path: Path) -> None:
+def test_folders_above_are_made_and_a_file_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with linger.Dumper(f"{tmp_path}/a/b/dump/") as dumper:
         pass
     assert dumper.folder == tmp_path / "a" / "b" / "dump"
+    monkeypatch.chdir(tmp_path)
+    with linger.Dumper("") as dumper:
+        pass
+    assert dumper.folder == Path("dump")
+    with pytest.raises(linger.ConfigError, match="can be made"), linger.Dumper(tmp_path / ".."):
+        pass
     (tmp_path / "file").touch()
     with pytest.raises(linger.ConfigError, match="file"), linger.Dumper(tmp_path / "file" / "dump"):
         pass
@@ -333,6 +341,19 @@ def test_row58_a_transformer_layer_keeps_its_one_kernel(tmp_path: Path) -> None:
     assert torch.equal(after, x + 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_row58_the_run_has_the_same_bits_on_a_gpu(tmp_path: Path) -> None:
+    model = Net().cuda()
+    twin = copy.deepcopy(model)
+    x, labels = IMAGES.cuda(), LABELS.cuda()
+    with linger.Dumper(tmp_path / "dump", level=2, compare=True):
+        watched = step(model, x, labels)
+    assert all(torch.equal(a, b) for a, b in zip(watched, step(twin, x, labels), strict=True))
+    ops = [op.op for op in linger.read_dump(tmp_path / "dump").walk()]
+    assert "convolution_backward" in ops
+
+
 # --- references ---------------------------------------------------------------------------------
 
 
@@ -504,6 +525,18 @@ def test_a_dumper_that_runs_cannot_be_entered_again(tmp_path: Path) -> None:
 
 
 # --- reading and comparing ----------------------------------------------------------------------
+
+
+def test_row63_nan_equals_nan_and_infinity_is_a_difference(tmp_path: Path) -> None:
+    values = [[float("nan"), 1.0, float("inf")], [float("nan"), 2.0, float("-inf")]]
+    dumps = []
+    for index, row in enumerate([*values, values[0]]):
+        x = torch.tensor(row)
+        dumps.append(dumped(tmp_path / f"{index}", lambda x=x: x + 0, level=2))
+    assert not len(linger.diff_dumps(dumps[0], dumps[2]))
+    first = linger.diff_dumps(dumps[0], dumps[1]).first
+    assert first is not None
+    assert (first.mismatches, first.max_error, first.mean_error) == (2, float("inf"), 0.5)
 
 
 def test_row63_what_a_site_prepares_once_is_no_difference(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ class DumpDifference:
             first`` or ``only in the second``.
         mismatches: How many of the dumped numbers differ.
         elements: Of how many.
-        max_error: Largest difference.
-        mean_error: Mean difference.
+        max_error: Largest difference, infinite where only one side is finite.
+        mean_error: Mean of the differences that are finite.
     """
 
     op: str
@@ -189,8 +189,8 @@ def _compare_numbers(
         "values",
         mismatches=int((~equal).sum()),
         elements=equal.numel(),
-        max_error=float(error.nan_to_num(nan=torch.inf).max()),
-        mean_error=float(finite.sum() / max(equal.numel(), 1)),
+        max_error=float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max()),
+        mean_error=float(finite.sum() / max(finite.numel(), 1)),
     )
 
 

@@ -100,7 +100,7 @@ class Dumper:
         if not pattern:
             msg = "`pattern` is empty and matches nothing. Pass '*' for every op."
             raise ConfigError(msg)
-        self.path = Path(path)
+        self.path = Path(path or "dump")
         self.enable = enable
         self.level = level
         self.compare = compare

@@ -29,6 +29,9 @@ def create_folder(path: str | os.PathLike[str]) -> Path:
         ConfigError: If the file system refuses.
     """
     wanted = Path(path)
+    if wanted.name in ("", ".."):
+        msg = f"cannot dump into {str(path)!r}: pass the path of a folder that can be made."
+        raise ConfigError(msg)
     rank = process_rank()
     number = 0
     while True:

@@ -83,7 +83,8 @@ def _untouched(site: Site) -> Iterator[None]:
     switches, system = site.switches, site.switches.system
     observing = switches.observing
     seen, prepared = dict(site.seen), dict(site.prepared)
-    devices = [*range(torch.cuda.device_count())]
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [*range(torch.cuda.device_count())] if cuda else []
     try:
         switches.observing = False
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
