@@ -27,6 +27,7 @@ from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
 from lightning_linger.stages.fuse_bn import fuse_bn
+from lightning_linger.stages.mixin import LingerMixin
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import quantize
@@ -46,6 +47,7 @@ __all__ = [
     "FuseConfig",
     "Limit",
     "LingerError",
+    "LingerMixin",
     "NonFiniteError",
     "NormalizeConfig",
     "NotReadyError",

@@ -28,6 +28,8 @@ class FuseBNCallback(StageCallback):
         mode: ``running`` (one convolution), ``batch`` (linger's two convolutions) or ``frozen``.
         freeze_at_epoch: From this epoch on the statistics no longer move (mode ``frozen``).
         modules: Globs on dotted paths of layers to fold; None folds all.
+        allow_changes: Whether to go on from a checkpoint, or a model, of a run with other
+            arguments; those given here win.
     """
 
     stage = "fuse_bn"
@@ -42,8 +44,9 @@ class FuseBNCallback(StageCallback):
         mode: FuseMode = "running",
         freeze_at_epoch: int | None = None,
         modules: Sequence[str] | None = None,
+        allow_changes: bool = False,
     ) -> None:
-        super().__init__(at_epoch, at_step, when, end_epoch)
+        super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
         if freeze_at_epoch is not None and freeze_at_epoch < 0:
             msg = f"`freeze_at_epoch` must be a non-negative integer. Found: {freeze_at_epoch!r}."
             raise ConfigError(msg)

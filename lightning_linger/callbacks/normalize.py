@@ -33,6 +33,8 @@ class NormalizeCallback(StageCallback):
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
         overrides: Fields per glob or ``type:Name``; None leaves a layer without limits.
+        allow_changes: Whether to go on from a checkpoint, or a model, of a run with other
+            arguments; those given here win.
     """
 
     stage = "normalize"
@@ -51,8 +53,9 @@ class NormalizeCallback(StageCallback):
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+        allow_changes: bool = False,
     ) -> None:
-        super().__init__(at_epoch, at_step, when, end_epoch)
+        super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
         self.config = NormalizeConfig(weight, bias, output, gradient)
         self.types = types
         self.modules = modules

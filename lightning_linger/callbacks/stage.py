@@ -10,7 +10,8 @@ from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.recipe import differences, plain_data
+from lightning_linger.core.recipe import changes, plain_data
+from lightning_linger.stages.prepare import prepare_from, strip
 
 
 class StageCallback(Callback):  # type: ignore[misc]
@@ -31,8 +32,10 @@ class StageCallback(Callback):  # type: ignore[misc]
         at_step: int | None,
         when: Condition | None,
         end_epoch: int | None,
+        allow_changes: bool,
     ) -> None:
         super().__init__()
+        self.allow_changes = allow_changes
         self.schedule = Schedule(at_epoch, at_step, when, end_epoch)
 
     def plan(self, module: Any) -> None:
@@ -104,19 +107,49 @@ def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     refuse_unsupported_strategy(trainer, module)
     _check_order(trainer, stages)
     make_layers(module)
-    plans = {callback.stage: plain_data(callback.describe()) for callback in stages}
     prepare_module(trainer, module, stage)
-    planned = instrumentation_of(module).plans
-    if planned and planned != plans:
+    _plan(module, sorted(stages, key=lambda callback: callback.order))
+
+
+def _plan(module: Any, stages: list[StageCallback]) -> None:
+    """Plan the stages; a module that was planned before keeps its ranges, unless it differs."""
+    instrumentation = instrumentation_of(module)
+    allowed = any(callback.allow_changes for callback in stages)
+    instrumentation.accepts_changes = allowed
+    plans = {callback.stage: plain_data(callback.describe()) for callback in stages}
+    before = instrumentation.plans
+    if before == plans:
+        return
+    changed = changes(before, plans)
+    if changed and not allowed:
         msg = (
-            "The model was prepared with other arguments before: "
-            f"{'; '.join(differences(planned, plans))}. HINT: keep the arguments, or call "
+            f"The model was prepared with other arguments before: {'; '.join(changed)}. HINT: keep "
+            "the arguments; pass `allow_changes=True` to go on with other ones; or call "
             "`linger.strip(model)` to start over."
         )
         raise misconfiguration(msg)
-    if not planned:
-        for callback in sorted(stages, key=lambda item: item.order):
-            callback.plan(module)
+    if before:
+        module = _prepared_again(module)
+    for callback in stages:
+        callback.plan(module)
+    if before:
+        _take_state(module, instrumentation.state_dict())
+        instrumentation_of(module).accepts_changes = allowed
+
+
+def _prepared_again(module: Any) -> Any:
+    """Replace the instrumentation by a new one of the same dataflow."""
+    before = instrumentation_of(module)
+    prepare_from(strip(module), before.graph)
+    instrumentation_of(module).example = before.example
+    return module
+
+
+def _take_state(module: Any, state: dict[str, Any]) -> None:
+    """Load the ranges of an instrumentation that was planned otherwise."""
+    instrumentation = instrumentation_of(module)
+    instrumentation.accepts_changes = True
+    instrumentation.load_state_dict(state)
 
 
 def make_layers(module: Any) -> None:

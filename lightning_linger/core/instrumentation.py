@@ -20,8 +20,8 @@ from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
+    changes,
     decode,
-    differences,
     encode,
     graph_to_plain,
     plain_data,
@@ -262,6 +262,8 @@ class Instrumentation(nn.Module):
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
         self.marks: dict[str, Any] = {}
+        # Whether the state of a model that was planned otherwise may be loaded.
+        self.accepts_changes = False
         # The first call of a recorded forward: which module, with what kind of inputs.
         self.example: dict[str, Any] | None = None
         # The dataflow and the classes of the modules, as they are written into checkpoints.
@@ -327,22 +329,32 @@ class Instrumentation(nn.Module):
         return encode(recipe)
 
     def set_extra_state(self, state: Any) -> None:
-        """Switch on what was on, after checking that the quantizers are the same."""
+        """Switch on what was on, after checking that it was planned in the same way."""
         recipe = decode(state)
+        if not self.accepts_changes:
+            self._require_same(recipe)
+        switches, planned = self.switches, self.plans
+        switches.fuse = recipe["fuse"] and "fuse_bn" in planned
+        switches.fuse_mode = recipe["fuse_mode"]
+        switches.normalize = recipe["normalize"] and "normalize" in planned
+        switches.quantize = recipe["quantize"] and "quantize" in planned
+        self.thaw()
+
+    def _require_same(self, recipe: Mapping[str, Any]) -> None:
+        changed = changes(recipe["plans"], self.plans)
         here, there = set(self._quantizer_names()), set(recipe["quantizers"])
         if there and here != there:
+            changed.append(
+                f"quantizers only in the checkpoint: {sorted(there - here)[:5]}, only here: "
+                f"{sorted(here - there)[:5]}"
+            )
+        if changed:
             msg = (
-                "the checkpoint was quantized at other sites. Only in the checkpoint: "
-                f"{sorted(there - here)[:5]}; only in the model: {sorted(here - there)[:5]}. "
-                f"Settings that differ: {self._differing_plans(recipe['plans'])}. Use the "
-                "configuration the checkpoint was trained with, or let "
-                "`linger.load_checkpoint` take it from the checkpoint."
+                f"the checkpoint was trained with other settings: {'; '.join(changed)}. Use those "
+                "of the checkpoint, or let `linger.load_checkpoint` take them from it. To go on "
+                "with other ones, pass `allow_changes=True` to the callback they belong to."
             )
             raise ConfigError(msg)
-        switches = self.switches
-        switches.fuse, switches.fuse_mode = recipe["fuse"], recipe["fuse_mode"]
-        switches.normalize, switches.quantize = recipe["normalize"], recipe["quantize"]
-        self.thaw()
 
     def note_plan(self, stage: str, plan: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
         """Remember what a stage was planned with.
@@ -356,9 +368,6 @@ class Instrumentation(nn.Module):
         self.plans.pop(stage, None)
         self.plans[stage] = plain_data(plan)
         self.marks[stage] = plain_data(marks)
-
-    def _differing_plans(self, plans: Mapping[str, Any]) -> str:
-        return "; ".join(differences(plans, self.plans)) or "none"
 
     def _quantizer_names(self) -> list[str]:
         return [q.name for site in self.sites for q in site.quantizers()]
@@ -543,6 +552,8 @@ def _out_of_place(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _is_redirected_step(module: nn.Module) -> bool:
     # Under DDP, Lightning sends the whole `training_step` through a temporary `forward`. The calls
     # the step makes start the instrumented forward, so that losses and metrics stay outside.
+    if torch.compiler.is_compiling():
+        return False
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
 
@@ -552,9 +563,14 @@ def _keep_what_is_missing(
 ) -> None:
     """Let a checkpoint of an earlier stage load: what it does not know keeps its present value."""
     recipe = state_dict.get(prefix + EXTRA_STATE)
-    if recipe is not None and decode(recipe)["quantizers"]:
+    present = module.state_dict()
+    if module.accepts_changes:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if key.removeprefix(prefix) not in present:
+                del state_dict[key]
+    elif recipe is not None and decode(recipe)["quantizers"]:
         return
-    for name, value in module.state_dict().items():
+    for name, value in present.items():
         if name != EXTRA_STATE or recipe is None:
             state_dict.setdefault(prefix + name, value)
 

@@ -80,6 +80,18 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Describe which plans of a checkpoint are missing or different here; new ones are no change.
+
+    Args:
+        there: Settings per stage in the checkpoint.
+        here: Settings per stage of the model.
+    """
+    missing = [f"the stage {stage!r} is missing here" for stage in there if stage not in here]
+    both = [stage for stage in there if stage in here]
+    return missing + differences({s: there[s] for s in both}, {s: here[s] for s in both})
+
+
 _ABSENT = object()
 
 

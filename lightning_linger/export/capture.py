@@ -87,7 +87,8 @@ def capture(
         UnsupportedError: If the forward cannot be recorded, or a site is missing in the record.
     """
     forward = _Forward(model, inputs)
-    with torch.no_grad():
+    # A part that is compiled would hide its calls.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         example = _Watch(_Branches())
         with example.watching(instrumentation):
             forward.run(tensors)

@@ -153,7 +153,8 @@ def _record(
         instrumentation.recorder = recorder
         instrumentation.calls = []
         try:
-            with contextlib.suppress(WholeModelRan):
+            # A part that is compiled would hide its calls.
+            with contextlib.suppress(WholeModelRan), torch.compiler.set_stance("force_eager"):
                 forward()
         finally:
             instrumentation.recorder = None

@@ -115,7 +115,7 @@ class RangeEstimator(nn.Module):
     def _observe_values(self, x: Tensor, batch: Tensor, low: float, high: float) -> None:
         """Move the range with the values at hand: few operations, and a warning if needed."""
         lowest, highest = batch.tolist()
-        if lowest == math.inf:
+        if highest < lowest:
             return
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             warnings.warn(
