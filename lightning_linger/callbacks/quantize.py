@@ -15,7 +15,7 @@ from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import QuantizationWarning
 from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.rounding import Rounding
+from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
 from lightning_linger.stages.selection import QUANT_MARK, Selection
@@ -37,13 +37,14 @@ class QuantizeCallback(StageCallback):
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
-        rounding: None takes the platform's.
+        rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
         ahead_conv_relu: Let a convolution before a ReLU use its codes for the positive side.
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
         fused_rnn: Multiply whole input sequences of recurrent layers at once.
+        seed: Of stochastic rounding.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
         overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
@@ -65,13 +66,14 @@ class QuantizeCallback(StageCallback):
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
         granularity: Granularity | None = None,
-        rounding: Rounding | None = None,
+        rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
         ahead_conv_relu: bool = True,
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
         fused_rnn: bool = True,
+        seed: int = 0,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
@@ -92,6 +94,7 @@ class QuantizeCallback(StageCallback):
             ahead_linear_relu=ahead_linear_relu,
             strict_platform=strict_platform,
             fused_rnn=fused_rnn,
+            seed=seed,
         )
         self.types = types
         self.modules = modules

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind
 from lightning_linger.core.ranges import RANGE_KINDS
-from lightning_linger.core.rounding import ROUNDINGS, Rounding
+from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRounding
 
 Granularity = Literal["tensor", "channel"]
 FuseMode = Literal["running", "batch", "frozen"]
@@ -30,7 +30,9 @@ class QuantConfig:
         bias_bits: Width of biases at scale ``step_x * step_w``, 8 to 32.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
-        rounding: None takes the platform's.
+        rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
+            and as the platform in evaluation, integers and export.
+        seed: Of stochastic rounding.
         range: Range estimator of activations (``ema_absmax``, ``ema_minmax``, ``absmax``,
             ``minmax``), or a number for a fixed range.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
@@ -50,13 +52,14 @@ class QuantConfig:
     bias_bits: int = 32
     scale: ScaleKind | None = None
     granularity: Granularity | None = None
-    rounding: Rounding | None = None
+    rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
     ahead_conv_relu: bool = True
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
     strict_platform: bool = False
     fused_rnn: bool = True
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
@@ -66,7 +69,10 @@ class QuantConfig:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
-        _require_choice("rounding", self.rounding, (*ROUNDINGS, None))
+        _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
+        if type(self.seed) is not int or self.seed < 0:
+            msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
+            raise ConfigError(msg)
         if type(self.fused_rnn) is not bool:
             msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
             raise ConfigError(msg)

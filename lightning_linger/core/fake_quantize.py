@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_linger.core.rounding import ROUNDINGS
+from lightning_linger.core.rounding import ROUNDINGS, Rounder, rounder
 
 Scalar = float | Tensor
 Bound = int | Tensor
@@ -15,7 +15,12 @@ OUTPUT_MASK_CODES = 128
 
 
 def quantize_codes(
-    x: Tensor, step: Scalar, low: Bound, high: Bound, rounding: str, overwrite: bool = False
+    x: Tensor,
+    step: Scalar,
+    low: Bound,
+    high: Bound,
+    rounding: str | Rounder,
+    overwrite: bool = False,
 ) -> Tensor:
     """Return ``clamp(round(x / step), low, high)`` as a float tensor of whole numbers.
 
@@ -27,7 +32,7 @@ def quantize_codes(
         out = x if overwrite else None
         codes = torch.add(half, x, alpha=1.0 / float(step), out=out).floor_()
     else:
-        codes = ROUNDINGS[rounding](x / step)
+        codes = rounder(rounding)(x / step)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = torch.as_tensor(low, device=x.device), torch.as_tensor(high, device=x.device)
         return torch.minimum(torch.maximum(codes, low), high)
@@ -47,7 +52,7 @@ class _FakeQuantize(torch.autograd.Function):
         step: Scalar,
         low: Bound,
         high: Bound,
-        rounding: str,
+        rounding: str | Rounder,
         from_output: bool,
         overwrite: bool,
     ) -> Tensor:
@@ -82,7 +87,7 @@ def fake_quantize(
     step: Scalar,
     low: Bound,
     high: Bound,
-    rounding: str = "half_up",
+    rounding: str | Rounder = "half_up",
     overwrite: bool = False,
 ) -> Tensor:
     """Return ``step * clamp(round(x / step), low, high)``.
@@ -98,7 +103,7 @@ def fake_quantize(
         step: Positive step, ``real = step * code``: a float, or a tensor that broadcasts to ``x``.
         low: Smallest code, e.g. -128, or 0 where a ReLU follows.
         high: Largest code, e.g. 127. A bound that depends on a tensor step (ReLU6) is a tensor too.
-        rounding: A name from :mod:`lightning_linger.core.rounding`.
+        rounding: A name from :mod:`lightning_linger.core.rounding`, or a function.
         overwrite: Whether the memory of ``x`` may be used, because nothing else reads it.
 
     Returns:

@@ -17,6 +17,7 @@ from lightning_linger.core.errors import ConfigError, NotReadyError, Quantizatio
 from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
+from lightning_linger.core.noise import Noise
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
     decode,
@@ -237,6 +238,7 @@ class Instrumentation(nn.Module):
         switches: What is on.
         sites: The sites by key; every key of the ``state_dict`` below starts with ``_linger.``.
         graph: The recorded dataflow.
+        noise: Random numbers of stochastic rounding, None without.
         tap: Called after each site ran, None to call nothing.
         calls: Collects the outermost module calls, None to collect nothing.
     """
@@ -250,6 +252,7 @@ class Instrumentation(nn.Module):
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
+        self.noise: Noise | None = None
         self._mode: Any = _Mode(self)
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
@@ -394,6 +397,8 @@ class Instrumentation(nn.Module):
         self.switches.recomputing = (
             not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         )
+        if self.noise is not None and self.noise.training and not self.switches.recomputing:
+            self.noise.advance()
         self._mode.__enter__()
 
     def end(self, output: Any, path: str) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_linger.core.config import Granularity
+from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.rounding import Rounding
 
@@ -50,6 +50,12 @@ class Platform:
     def right_shift_only(self) -> bool:
         """Whether a result may not be finer than the accumulator it comes from."""
         return self.rescale == "shift"
+
+
+def rounding_of(config: QuantConfig, platform: Platform) -> Rounding:
+    """Return the rule of evaluation, integers and export: the platform's, or a chosen one."""
+    chosen = config.rounding
+    return platform.rounding if chosen is None or chosen == "stochastic" else chosen
 
 
 _KNOWN: dict[str, Platform] = {}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
 from lightning_linger.core.grid import Grid
+from lightning_linger.core.noise import Noise
 from lightning_linger.core.ranges import RangeEstimator, RangeKind
+from lightning_linger.core.rounding import Rounder
 from lightning_linger.core.tags import Tag, with_tag
 
 
@@ -61,6 +63,8 @@ class Quantizer(nn.Module):
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
+        # Kept out of `_modules`: the model has one, and its state is saved once.
+        self.__dict__["noise"] = None
 
     @property
     def known(self) -> bool:
@@ -150,9 +154,17 @@ class Quantizer(nn.Module):
         low, high = self.code_bounds(usable)
         # A view cannot be overwritten under autograd without a copy of its base.
         overwrite = overwrite and isinstance(usable, float) and not values._is_view()
-        rounded = fake_quantize(values, usable, low, high, self.grid.rounding, overwrite)
+        rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
         rounded = rounded.to(dtype)
         return with_tag(rounded, self.tag(step, dtype))
+
+    @property
+    def rounding(self) -> str | Rounder:
+        """How the forward that runs now rounds: by the grid's rule, in training maybe by chance."""
+        noise: Noise | None = self.__dict__["noise"]
+        if noise is None or not noise.training:
+            return self.grid.rounding
+        return noise.rounder(self.name)
 
     def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:
         """Return the tag of a tensor rounded with ``step``."""

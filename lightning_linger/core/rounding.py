@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 Rounding = Literal["half_up", "half_even", "half_away", "floor", "ceil"]
+# What training may round with: a rule, or by chance, which no engine does.
+TrainingRounding = Rounding | Literal["stochastic"]
+STOCHASTIC = "stochastic"
+Rounder = Callable[[Tensor], Tensor]
 
 
 def half_up(x: Tensor) -> Tensor:
@@ -36,6 +40,25 @@ def ceil(x: Tensor) -> Tensor:
     return torch.ceil(x)
 
 
+def stochastic(x: Tensor, uniform: Tensor) -> Tensor:
+    """Round up with the probability of the fraction, so that the mean of the result is ``x``.
+
+    This is ``floor(x + u)``, written so that no sum is rounded: whole numbers stay what they are.
+
+    Args:
+        x: Any numbers.
+        uniform: Numbers from [0, 1) of the shape of ``x``, e.g. from
+            :class:`lightning_linger.core.noise.Noise`.
+    """
+    low = torch.floor(x)
+    return low + (uniform < x - low)
+
+
+def rounder(rule: str | Rounder) -> Rounder:
+    """Return the function of a rule's name, a function as it is."""
+    return ROUNDINGS[rule] if isinstance(rule, str) else rule
+
+
 def round_value(x: float, rounding: Rounding | str) -> int:
     """Round one number as the tensor function of that name does, without a tensor."""
     low = math.floor(x)
@@ -51,8 +74,7 @@ def round_value(x: float, rounding: Rounding | str) -> int:
     return low + (rounding == "half_up" or x > 0)
 
 
-# Stochastic rounding needs a generator and joins this table when gradients are quantized.
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+ROUNDINGS: dict[str, Rounder] = {
     "half_up": half_up,
     "half_even": half_even,
     "half_away": half_away,

@@ -30,9 +30,11 @@ from lightning_linger.core.integer import (
     requantize,
 )
 from lightning_linger.core.limits import apply_bound, bound_of, is_within
+from lightning_linger.core.noise import Noise
+from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.ranges import EMA_WEIGHT
-from lightning_linger.core.rounding import Rounding
+from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Site(nn.Module):
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         fold: The batch norm folded into this layer, if any.
+        noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
         merged: For an activation: its clamping happens in the quantizer before it.
         released: A plain op writes into the result in place: it leaves the grid as a copy.
@@ -123,6 +126,7 @@ class Site(nn.Module):
         # Kept out of `_modules`: the site does not own the layer.
         self.__dict__["owner"] = owner
         self.__dict__["fold"] = None
+        self.__dict__["noise"] = None
         self.config: QuantConfig | None = None
         self.platform: Platform | None = None
         self.inputs = nn.ModuleDict()
@@ -304,9 +308,20 @@ class Site(nn.Module):
     @property
     def rounding(self) -> Rounding:
         """Rounding rule of results."""
-        if self.config is not None and self.config.rounding is not None:
-            return self.config.rounding
-        return self.platform.rounding if self.platform else "half_up"
+        if self.config is None or self.platform is None:
+            return "half_up"
+        return rounding_of(self.config, self.platform)
+
+    def weight_rounding(self, name: str) -> str | Rounder:
+        """Return how parameters are rounded in the forward that runs now.
+
+        Args:
+            name: Tells the parameters of the site apart.
+        """
+        noise: Noise | None = self.__dict__["noise"]
+        if noise is None or not noise.training:
+            return self.rounding
+        return noise.rounder(f"{self.key}:{name}")
 
     @property
     def granularity(self) -> Granularity:

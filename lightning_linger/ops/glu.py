@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import integer_op, payload_dtype, rescale
-from lightning_linger.core.platform import Platform, arithmetic_of
+from lightning_linger.core.platform import Platform, arithmetic_of, rounding_of
 from lightning_linger.core.registry import Part, register
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of
@@ -102,7 +102,7 @@ class GLUOp(KernelOp):
 
     def parts(self, call: GLUCall, config: QuantConfig, platform: Platform) -> Mapping[str, Part]:
         """The sigmoid of the gate, where the platform's own, which rounds half up, is not it."""
-        rounding = config.rounding or platform.rounding
+        rounding = rounding_of(config, platform)
         if platform.curves in luna.CURVES and rounding == "half_up":
             return {}
         return {GATE: Part(bits=GATE_BITS, range=1.0)}

@@ -121,7 +121,8 @@ class Projection:
         step_w = weight_step(site, weight.detach(), finest, site.granularity == "channel")
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), grid.rounding)
+        rounding = site.weight_rounding(self.name)
+        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)

@@ -22,7 +22,7 @@ from lightning_linger.core.integer import (
 from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op
-from lightning_linger.core.rounding import ROUNDINGS
+from lightning_linger.core.rounding import ROUNDINGS, Rounder
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
@@ -272,7 +272,8 @@ class WeightedOp(Op):
         step_w = self._weight_step(site, call, weight.detach(), grid, finest)
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), grid.rounding)
+        rounding = site.weight_rounding("weight")
+        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
@@ -470,7 +471,7 @@ def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dty
     return with_tag(y, Tag(product, 32, site.key, dtype))
 
 
-def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str) -> Tensor:
+def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str | Rounder) -> Tensor:
     """Round a parameter to its grid with the gradient of the identity.
 
     The range of a parameter is its own absolute maximum: nothing is clipped that a gradient should

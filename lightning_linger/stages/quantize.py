@@ -14,9 +14,11 @@ from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.graph import Node, TensorSpec
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
-from lightning_linger.core.platform import Platform
+from lightning_linger.core.noise import Noise
+from lightning_linger.core.platform import Platform, rounding_of
 from lightning_linger.core.quantizer import Quantizer, Window
 from lightning_linger.core.registry import op_of
+from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
 from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_of
@@ -122,11 +124,27 @@ class _Planner:
         for site in self.instrumentation.sites:
             if site.quantized and site.output is not None:
                 self._look_ahead(site)
+        self._share_noise()
+
+    def _share_noise(self) -> None:
+        """Give what rounds stochastically the model's random numbers."""
+        noisy = [
+            site
+            for site in self.instrumentation.sites
+            if site.config is not None and site.config.rounding == STOCHASTIC
+        ]
+        noise = Noise(self.config.seed).train(self.model.training) if noisy else None
+        self.instrumentation.noise = noise
+        for site in noisy:
+            site.__dict__["noise"] = noise
+            for quantizer in site.quantizers():
+                quantizer.__dict__["noise"] = noise
 
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
+        site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
 
     def _walk(self, nodes: list[Node]) -> None:
@@ -296,7 +314,7 @@ class _Planner:
         platform: Platform,
         known_range: float | None = None,
     ) -> Quantizer:
-        grid = Grid(bits, config.scale or platform.scale, config.rounding or platform.rounding)
+        grid = Grid(bits, config.scale or platform.scale, rounding_of(config, platform))
         kind = config.range if known_range is None else known_range
         quantizer = Quantizer(name, grid, kind)  # type: ignore[arg-type]
         quantizer.train(self.model.training)
@@ -341,7 +359,7 @@ def _weight_grid(config: QuantConfig, platform: Platform) -> Grid:
     return Grid(
         config.weight_bits,
         config.scale or platform.scale,
-        config.rounding or platform.rounding,
+        rounding_of(config, platform),
         platform.narrow_weights,
     )
 
