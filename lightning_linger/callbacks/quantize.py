@@ -39,6 +39,7 @@ class QuantizeCallback(StageCallback):
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
+        weight_range: Range estimator of weights, or a fixed range.
         ahead_conv_relu: Let a convolution before a ReLU use its codes for the positive side.
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
@@ -68,6 +69,7 @@ class QuantizeCallback(StageCallback):
         granularity: Granularity | None = None,
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
+        weight_range: str | float = "absmax",
         ahead_conv_relu: bool = True,
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
@@ -89,6 +91,7 @@ class QuantizeCallback(StageCallback):
             granularity=granularity,
             rounding=rounding,
             range=range,
+            weight_range=weight_range,
             ahead_conv_relu=ahead_conv_relu,
             ahead_bn_relu=ahead_bn_relu,
             ahead_linear_relu=ahead_linear_relu,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind
-from lightning_linger.core.ranges import RANGE_KINDS
+from lightning_linger.core.ranges import RangeRule
 from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRounding
 
 Granularity = Literal["tensor", "channel"]
@@ -33,8 +33,10 @@ class QuantConfig:
         rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
             and as the platform in evaluation, integers and export.
         seed: Of stochastic rounding.
-        range: Range estimator of activations (``ema_absmax``, ``ema_minmax``, ``absmax``,
-            ``minmax``), or a number for a fixed range.
+        range: Range estimator of activations, e.g. ``ema_absmax``, ``mean_mse`` or ``99.9%``
+            (see :mod:`lightning_linger.core.ranges`), or a number for a fixed range.
+        weight_range: Range estimator of weights, without ``ema_``, ``mean_`` or ``last_``: a weight
+            is always seen whole. Beyond its range a weight is clipped and has no gradient.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -54,6 +56,7 @@ class QuantConfig:
     granularity: Granularity | None = None
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
+    weight_range: str | float = "absmax"
     ahead_conv_relu: bool = True
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
@@ -76,12 +79,8 @@ class QuantConfig:
         if type(self.fused_rnn) is not bool:
             msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
             raise ConfigError(msg)
-        number = isinstance(self.range, int | float) and not isinstance(self.range, bool)
-        if not (self.range in RANGE_KINDS if not number else 0 < float(self.range) < math.inf):
-            msg = (
-                f"`range` must be a positive number or one of {RANGE_KINDS}. Found: {self.range!r}."
-            )
-            raise ConfigError(msg)
+        RangeRule.parse(self.range)
+        _require_weight_range(self.weight_range)
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
         """Return a copy with some fields replaced, after checking their names."""
@@ -187,6 +186,12 @@ def override(config: Any, fields: dict[str, Any]) -> Any:
 def _require_bits(name: str, bits: object, low: int, high: int) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
         msg = f"`{name}` must be an integer from {low} to {high}. Found: {bits!r}."
+        raise ConfigError(msg)
+
+
+def _require_weight_range(spec: str | float) -> None:
+    if RangeRule.parse(spec, "`weight_range`").accumulation != "all":
+        msg = f"`weight_range` sees one weight, not batches: drop the prefix. Found: {spec!r}."
         raise ConfigError(msg)
 
 

@@ -27,6 +27,14 @@ def max_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise sum over all processes, the same on each."""
+    if is_distributed():
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.SUM)
+    return x
+
+
 def mean_over_ranks(x: Tensor, count: int) -> Tensor:
     """Return the mean over all processes, each weighted with its ``count``; the same on each."""
     if not is_distributed():

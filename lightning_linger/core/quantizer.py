@@ -11,7 +11,7 @@ from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.ranges import RangeEstimator, RangeKind
+from lightning_linger.core.ranges import RangeEstimator
 from lightning_linger.core.rounding import Rounder
 from lightning_linger.core.tags import Tag, with_tag
 
@@ -47,18 +47,18 @@ class Quantizer(nn.Module):
     Args:
         name: The site and role, e.g. ``layer1.0.conv1/conv2d/0``; used in messages and tags.
         grid: Bits, scale kind and rounding.
-        range: Kind of the range estimator, or a fixed absolute maximum.
+        range: Name of the range estimator, or a fixed absolute maximum.
         window: What the follower lets through.
     """
 
     def __init__(
-        self, name: str, grid: Grid, range: RangeKind | float, window: Window | None = None
+        self, name: str, grid: Grid, range: str | float, window: Window | None = None
     ) -> None:
         super().__init__()
         self.name = name
         self.grid = grid
         self.window = window or Window()
-        self.estimator = RangeEstimator(range, name)
+        self.estimator = RangeEstimator(range, name, grid)
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None

@@ -33,7 +33,7 @@ from lightning_linger.core.limits import apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer, readable
-from lightning_linger.core.ranges import EMA_WEIGHT
+from lightning_linger.core.ranges import EMA_WEIGHT, RangeRule
 from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
@@ -102,6 +102,7 @@ class Site(nn.Module):
         parts: Quantizers inside the op, by name.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
+        weight_rule: Range estimator of the weight.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -134,6 +135,7 @@ class Site(nn.Module):
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
+        self.weight_rule: RangeRule | None = None
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -321,7 +323,7 @@ class Site(nn.Module):
         noise: Noise | None = self.__dict__["noise"]
         if noise is None or not noise.training:
             return self.rounding
-        return noise.rounder(f"{self.key}:{name}")
+        return noise.rounder(f"{self.key}:{name}", shared=True)
 
     @property
     def granularity(self) -> Granularity:
@@ -329,6 +331,27 @@ class Site(nn.Module):
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
         return self.platform.granularity if self.platform else "tensor"
+
+    @property
+    def clips_weights(self) -> bool:
+        """Whether weights may lie beyond their range."""
+        return self.weight_rule is not None and self.weight_rule.clips
+
+    def weight_reach(self, rows: Tensor) -> Tensor:
+        """Return the half-range of a weight by the site's estimator.
+
+        Args:
+            rows: Detached, ``[R, N]``: a row for each scale.
+
+        Returns:
+            float32 ``[R]``.
+        """
+        rule, grid = self.weight_rule, self.weight_grid
+        assert rule is not None  # the planner gives both to every op that has parameters
+        assert grid is not None
+        if rule.statistic is None:
+            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
+        return rule.statistic.measure(rows, None, grid)
 
     @property
     def weight_bits(self) -> int:

@@ -338,11 +338,11 @@ class ConvOp(WeightedOp):
         grouped = values.view(call.groups, 1, -1).expand(-1, per_group_in, -1)
         return grouped.reshape(call.weight.shape[0], -1, *ones)
 
-    def channel_reduce(self, call: ConvCall, weight: Tensor, how: str) -> Tensor:
-        """Reduce over everything but the output channel."""
+    def channel_rows(self, call: ConvCall, weight: Tensor) -> Tensor:
+        """Flatten everything but the output channel."""
         if self.transposed:
             weight = weight.view(call.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        return getattr(weight.abs().flatten(1), how)(dim=1)  # type: ignore[no-any-return]
+        return weight.flatten(1)
 
     def integer_kernel(
         self, site: Site, call: ConvCall, x: Tensor, prepared: Prepared, result: IntegerResult

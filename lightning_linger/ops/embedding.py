@@ -119,7 +119,8 @@ class EmbeddingOp(Op):
         step = self._step(site, call.weight)
         grid = site.weight_grid
         assert grid is not None  # the planner gives one to every op that has parameters
-        rounded = on_grid(full(rows), step, (grid.qmin, grid.qmax), grid.rounding)
+        rounding, clips = site.weight_rounding("weight"), site.clips_weights
+        rounded = on_grid(full(rows), step, (grid.qmin, grid.qmax), rounding, clips)
         return with_tag(rounded.to(rows.dtype), self._tag(site, step, call))
 
     def run_integer(self, site: Site, call: EmbeddingCall) -> Any:
@@ -151,8 +152,7 @@ class EmbeddingOp(Op):
     def _step(self, site: Site, weight: Tensor) -> Scalar:
         grid = site.weight_grid
         assert grid is not None
-        low, high = torch.aminmax(full(weight.detach()))
-        absmax = torch.maximum(-low, high).float()
+        absmax = site.weight_reach(full(weight.detach()).reshape(1, -1))[0]
         bound = self._bound(site, weight)
         if bound is not None:
             absmax = torch.minimum(absmax, bound)

@@ -99,9 +99,9 @@ class LinearOp(WeightedOp):
         """Output channels are dim 0."""
         return values.view(-1, 1)
 
-    def channel_reduce(self, call: LinearCall, weight: Tensor, how: str) -> Tensor:
-        """Reduce over the input features."""
-        return getattr(weight.abs(), how)(dim=1)  # type: ignore[no-any-return]
+    def channel_rows(self, call: LinearCall, weight: Tensor) -> Tensor:
+        """Rows are output channels already."""
+        return weight
 
     def integer_kernel(
         self, site: Site, call: LinearCall, x: Tensor, prepared: Prepared, result: IntegerResult

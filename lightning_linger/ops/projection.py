@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.capture import can_read, capturing
+from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import EXACT_FLOAT32, float32_code_limits, payload_dtype
 from lightning_linger.core.limits import limited
@@ -28,6 +28,7 @@ from lightning_linger.ops.weighted import (
     minimum_step,
     on_grid,
     versions_of,
+    weight_step,
 )
 
 
@@ -118,11 +119,13 @@ class Projection:
         if step_x is None or grid is None or site.config is None:
             return Parameters(weight, bias)
         finest = finest_for_bias(bias, step_x, site.config.bias_bits)
-        step_w = weight_step(site, weight.detach(), finest, site.granularity == "channel")
+        own = weight.detach()
+        per_channel = site.granularity == "channel"
+        step_w = weight_step(site, own.flatten(1) if per_channel else own.reshape(1, -1), finest)
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
         rounding = site.weight_rounding(self.name)
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding)
+        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
@@ -264,35 +267,6 @@ class Projection:
             site.platform_name,
             codes.exact_in_float32(site, result),
         )
-
-
-def weight_step(
-    site: Site, weight: Tensor, finest: Tensor | None = None, per_channel: bool = False
-) -> Scalar:
-    """Return the step of a weight, one or one per entry of its first dimension.
-
-    Args:
-        site: The site, whose weight grid applies.
-        weight: Detached.
-        finest: ``[O]``: the finest step, because a bias has to fit its codes; None for no bound.
-        per_channel: Whether each entry of the first dimension has a step of its own.
-
-    Returns:
-        A float where values can be read, else a 0-dim tensor; ``[O]`` per channel.
-    """
-    grid = site.weight_grid
-    assert grid is not None  # the planner gives one to every op that has parameters
-    if per_channel:
-        absmax = weight.abs().flatten(1).amax(dim=1).float()
-    else:
-        low, high = torch.aminmax(weight)
-        absmax = torch.maximum(-low, high).float()
-        finest = None if finest is None else finest.amax()
-    if finest is not None:
-        absmax = torch.maximum(absmax, finest * grid.qmax)
-    if absmax.dim():
-        return grid.step(absmax)
-    return grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
 
 
 def _tag(x: Tensor) -> Tag:

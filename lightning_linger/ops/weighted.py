@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_linger.core.capture import can_read, capturing, without_autocast
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
-from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
     code_limits,
@@ -109,9 +108,14 @@ class WeightedOp(Op):
         """View ``[C_out]`` values so that they broadcast to the weight."""
         raise NotImplementedError
 
+    def channel_rows(self, call: Any, weight: Tensor) -> Tensor:
+        """Return the weight as ``[C_out, N]``, a row for each output channel."""
+        raise NotImplementedError
+
     def channel_reduce(self, call: Any, weight: Tensor, how: str) -> Tensor:
         """Reduce the absolute weight to ``[C_out]`` by ``amax`` or ``sum``."""
-        raise NotImplementedError
+        rows = self.channel_rows(call, weight.abs())
+        return getattr(rows, how)(dim=1)  # type: ignore[no-any-return]
 
     def integer_kernel(
         self, site: Site, call: Any, x: Tensor, prepared: Prepared, result: IntegerResult
@@ -269,30 +273,18 @@ class WeightedOp(Op):
             return Parameters(weight, bias)
         grid = site.weight_grid
         finest = finest_for_bias(bias, step_x, site.config.bias_bits)
-        step_w = self._weight_step(site, call, weight.detach(), grid, finest)
+        own = weight.detach()
+        per_channel = site.granularity == "channel"
+        rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
+        step_w = weight_step(site, rows, finest)
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding)
+        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
         return Parameters(weight, bias, step_w)
-
-    def _weight_step(
-        self, site: Site, call: Any, weight: Tensor, grid: Grid, finest: Tensor | None
-    ) -> Scalar:
-        if site.granularity == "channel":
-            absmax = self.channel_reduce(call, weight, "amax").float()
-        else:
-            low, high = torch.aminmax(weight)
-            absmax = torch.maximum(-low, high).float()
-            finest = None if finest is None else finest.amax()
-        if finest is not None:
-            absmax = torch.maximum(absmax, finest * grid.qmax)
-        if absmax.dim():
-            return grid.step(absmax)
-        return grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -471,14 +463,51 @@ def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dty
     return with_tag(y, Tag(product, 32, site.key, dtype))
 
 
-def on_grid(x: Tensor, step: Scalar, limits: tuple[int, int], rounding: str | Rounder) -> Tensor:
-    """Round a parameter to its grid with the gradient of the identity.
+def weight_step(site: Site, rows: Tensor, finest: Tensor | None = None) -> Scalar:
+    """Return the step of a weight.
 
-    The range of a parameter is its own absolute maximum: nothing is clipped that a gradient should
-    be kept from.
+    Args:
+        site: The site, whose weight grid and range estimator apply.
+        rows: Detached weight, ``[1, N]`` for one step, ``[C, N]`` for one per channel.
+        finest: ``[C]``: the finest step, because a bias has to fit its codes; None for no bound.
+
+    Returns:
+        ``[C]`` per channel; for one step a float where values can be read, else a 0-dim tensor.
     """
-    rounded = fake_quantize(x.detach(), readable(step, x), *limits, rounding)
-    return straight_through(rounded, x)
+    grid = site.weight_grid
+    assert grid is not None  # the planner gives one to every op that has parameters
+    reach = site.weight_reach(rows)
+    if site.granularity != "channel":
+        reach = reach[0]
+        finest = None if finest is None else finest.amax()
+    if finest is not None:
+        reach = torch.maximum(reach, finest * grid.qmax)
+    if reach.dim():
+        return grid.step(reach)
+    return grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
+
+
+def on_grid(
+    x: Tensor,
+    step: Scalar,
+    limits: tuple[int, int],
+    rounding: str | Rounder,
+    clips: bool = False,
+) -> Tensor:
+    """Round a parameter to its grid.
+
+    Args:
+        x: The parameter.
+        step: Its step.
+        limits: Smallest and largest code.
+        rounding: How to round.
+        clips: Whether its range may leave values out, which then have no gradient. Otherwise the
+            range is the parameter's own absolute maximum, and the gradient is the identity.
+    """
+    usable = readable(step, x)
+    if clips:
+        return fake_quantize(x, usable, *limits, rounding)
+    return straight_through(fake_quantize(x.detach(), usable, *limits, rounding), x)
 
 
 def minimum_step(site: Site, product: Scalar | None) -> Scalar | None:

@@ -17,6 +17,7 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import Platform, rounding_of
 from lightning_linger.core.quantizer import Quantizer, Window
+from lightning_linger.core.ranges import RangeRule
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
@@ -143,6 +144,7 @@ class _Planner:
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
+        site.weight_rule = None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
@@ -206,6 +208,7 @@ class _Planner:
         site.config, site.platform, site.why_float = config, platform, None
         if site.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
+            site.weight_rule = RangeRule.parse(config.weight_range)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.output_scale == "inputs":
@@ -316,7 +319,7 @@ class _Planner:
     ) -> Quantizer:
         grid = Grid(bits, config.scale or platform.scale, rounding_of(config, platform))
         kind = config.range if known_range is None else known_range
-        quantizer = Quantizer(name, grid, kind)  # type: ignore[arg-type]
+        quantizer = Quantizer(name, grid, kind)
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
 

@@ -32,7 +32,7 @@ def test_operands_have_at_most_16_bits(field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("scale", "log2"), ("granularity", "group"), ("rounding", "nearest"), ("range", "kl")),
+        *(("scale", "log2"), ("granularity", "group"), ("rounding", "nearest"), ("range", "log")),
         *(("range", 0.0), ("range", -1.0), ("range", math.nan), ("range", math.inf)),
         *(("range", True), ("range", None), ("range", [8.0])),
     ],

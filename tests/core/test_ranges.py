@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger import ConfigError, QuantizationWarning
-from lightning_linger.core.ranges import RANGE_KINDS, RangeEstimator
+from lightning_linger.core.ranges import RANGE_NAMES, RangeEstimator
 
 
 def _observed(kind: str | float, *batches: list[float]) -> RangeEstimator:
@@ -59,7 +59,7 @@ def test_a_fixed_range_is_known_and_stays() -> None:
     assert estimator.absmax().item() == 2.5
 
 
-@pytest.mark.parametrize("kind", RANGE_KINDS)
+@pytest.mark.parametrize("kind", RANGE_NAMES)
 def test_nothing_is_known_before_the_first_batch(kind: str) -> None:
     estimator = RangeEstimator(kind, "net.conv")
     assert not estimator.known
@@ -71,7 +71,7 @@ def test_nothing_is_known_before_the_first_batch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", RANGE_KINDS)
+@pytest.mark.parametrize("kind", RANGE_NAMES)
 def test_a_poisoned_batch_is_left_out_and_named(kind: str, poison: float) -> None:
     estimator = _observed(kind, [-1.0, 2.0])
     before = estimator.range.clone()

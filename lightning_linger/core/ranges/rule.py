@@ -1,0 +1,86 @@
+"""The name of a range estimator, taken apart."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.ranges.statistics import STATISTICS, Statistic, percentile_statistic
+
+Accumulation = Literal["all", "ema", "mean", "last"]
+
+ACCUMULATIONS: dict[Accumulation, str] = {
+    "all": "all batches together",
+    "ema": "a moving average of the batches with weight 0.1, starting from the first",
+    "mean": "the mean of the batches",
+    "last": "the batch at hand",
+}
+
+RANGE_NAMES: tuple[str, ...] = tuple(STATISTICS)
+
+_PREFIXED = re.compile(r"(?:(ema|mean|last)_)?(.+)")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass(frozen=True)
+class RangeRule:
+    """A statistic of values, and how batches come together.
+
+    Args:
+        name: As it was written.
+        statistic: What a batch asks for; None for a fixed range.
+        accumulation: How batches come together.
+        fixed: The half-range of a fixed range.
+    """
+
+    name: str | float
+    statistic: Statistic | None
+    accumulation: Accumulation = "all"
+    fixed: float | None = None
+
+    @staticmethod
+    def parse(spec: str | float, what: str = "`range`") -> RangeRule:
+        """Read ``absmax``, ``ema_mse``, ``mean_99.9%`` or a positive number.
+
+        Args:
+            spec: The name: an accumulation (``ema_``, ``mean_``, ``last_``, or nothing for all
+                batches together) and a statistic.
+            what: Names the argument in an error.
+
+        Raises:
+            ConfigError: If there is no such estimator.
+        """
+        if isinstance(spec, int | float) and not isinstance(spec, bool):
+            if 0 < spec < math.inf:
+                return RangeRule(spec, None, fixed=float(spec))
+            raise ConfigError(_message(what, spec))
+        found = _PREFIXED.fullmatch(spec) if isinstance(spec, str) else None
+        if found is None:
+            raise ConfigError(_message(what, spec))
+        accumulation: Accumulation = found[1] or "all"  # type: ignore[assignment]
+        percent = _PERCENT.fullmatch(found[2])
+        if percent is not None and 0 < float(percent[1]) <= 100:
+            return RangeRule(spec, percentile_statistic(float(percent[1])), accumulation)
+        if found[2] not in STATISTICS:
+            raise ConfigError(_message(what, spec))
+        return RangeRule(spec, STATISTICS[found[2]], accumulation)
+
+    @property
+    def pools(self) -> bool:
+        """Whether a histogram of all batches is kept."""
+        return self.accumulation == "all" and self.statistic is not None and self.statistic.pools
+
+    @property
+    def clips(self) -> bool:
+        """Whether the range may leave values out."""
+        return self.statistic is None or not self.statistic.extremes
+
+
+def _message(what: str, found: object) -> str:
+    return (
+        f"{what} must be a positive number, a percentile like '99.9%', or one of {RANGE_NAMES}; "
+        f"'ema_', 'mean_' or 'last_' in front say how batches come together. Found: {found!r}."
+    )
