@@ -25,6 +25,7 @@ from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
 from lightning_linger.stages.fuse_bn import fuse_bn
+from lightning_linger.stages.learned import learned_ranges, parameter_groups
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import quantize
@@ -63,10 +64,12 @@ __all__ = [
     "fuse_bn",
     "fused_rnn",
     "integer",
+    "learned_ranges",
     "load_checkpoint",
     "normalize",
     "normalize_module",
     "operator",
+    "parameter_groups",
     "prepare",
     "quant_error",
     "quant_module",

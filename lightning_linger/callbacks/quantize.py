@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_linger.callbacks.optimizers import check_learned_ranges
 from lightning_linger.callbacks.schedule import Condition
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
@@ -116,6 +117,10 @@ class QuantizeCallback(StageCallback):
                 QuantizationWarning,
                 stacklevel=2,
             )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the optimizers, which exist now, train learned ranges."""
+        check_learned_ranges(trainer, pl_module, late=self.schedule.at_epoch != 0)
 
     def is_on(self, module: Any) -> bool:
         """Return whether quantization is on."""

@@ -34,9 +34,12 @@ class QuantConfig:
             and as the platform in evaluation, integers and export.
         seed: Of stochastic rounding.
         range: Range estimator of activations, e.g. ``ema_absmax``, ``mean_mse`` or ``99.9%``
-            (see :mod:`lightning_linger.core.ranges`), or a number for a fixed range.
+            (see :mod:`lightning_linger.core.ranges`), a number for a fixed range, or ``lsq``,
+            ``tqt`` or ``pact`` to learn it.
         weight_range: Range estimator of weights, without ``ema_``, ``mean_`` or ``last_``: a weight
-            is always seen whole. Beyond its range a weight is clipped and has no gradient.
+            is always seen whole. Beyond its range a weight is clipped and has no gradient. ``lsq``
+            and ``tqt`` learn it for convolutions and linear layers; the weights of other layers
+            keep the estimator that learning starts from.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -80,7 +83,7 @@ class QuantConfig:
             msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
             raise ConfigError(msg)
         RangeRule.parse(self.range)
-        _require_weight_range(self.weight_range)
+        RangeRule.parse_weight(self.weight_range)
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
         """Return a copy with some fields replaced, after checking their names."""
@@ -186,12 +189,6 @@ def override(config: Any, fields: dict[str, Any]) -> Any:
 def _require_bits(name: str, bits: object, low: int, high: int) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
         msg = f"`{name}` must be an integer from {low} to {high}. Found: {bits!r}."
-        raise ConfigError(msg)
-
-
-def _require_weight_range(spec: str | float) -> None:
-    if RangeRule.parse(spec, "`weight_range`").accumulation != "all":
-        msg = f"`weight_range` sees one weight, not batches: drop the prefix. Found: {spec!r}."
         raise ConfigError(msg)
 
 

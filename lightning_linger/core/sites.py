@@ -33,7 +33,7 @@ from lightning_linger.core.limits import apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer, readable
-from lightning_linger.core.ranges import EMA_WEIGHT, RangeRule
+from lightning_linger.core.ranges import EMA_WEIGHT, LearnedScale, RangeRule
 from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
@@ -103,6 +103,7 @@ class Site(nn.Module):
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
+        learned_weight: Learned range of the weight, None for one that is only measured.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -136,6 +137,7 @@ class Site(nn.Module):
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
         self.weight_rule: RangeRule | None = None
+        self.learned_weight: LearnedScale | None = None
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None

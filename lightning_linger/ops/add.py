@@ -192,12 +192,14 @@ class AddOp(PairOp):
         with without_autocast(device_type(x, y)):
             # A sum is observed behind the rounding of its operands, which saves a pass over it;
             # only the first one has to be seen before there is a step to round with.
-            first = site.learning and not output.known
+            first = site.learning and not output.settled
             if first:
                 output.observe(_total(x, y, self.sign))
             step = output.step(self._finest(site, x, y))
             dtype = x.dtype if isinstance(x, Tensor) else y.dtype
             if site.platform is not None and site.platform.add == "round_operands":
+                if output.learns_now:
+                    return self._learned(x, y, step, output, dtype)
                 usable = readable(step, x if isinstance(x, Tensor) else y)
                 a, own = _rounded_operand(x, usable, output)
                 b, _ = _rounded_operand(y, usable, output)
@@ -208,6 +210,17 @@ class AddOp(PairOp):
             if site.learning and not first:
                 output.observe(_total(x, y, self.sign))
             return self._rounded_once(site, output, x, y, step, dtype)
+
+    def _learned(
+        self, x: Any, y: Any, step: Scalar, output: Quantizer, dtype: torch.dtype
+    ) -> Tensor:
+        """Add with the gradient of rounding the sum once, for the range too."""
+        real = _total(x, y, self.sign)
+        usable = readable(step, real)
+        with torch.no_grad():
+            a, b = (_rounded_operand(v, usable, output)[0] for v in (x, y))
+            value = _saturated(_total(a, b, self.sign), usable, step, output, dtype)
+        return with_tag(output.with_gradient(value, real, usable), output.tag(step, dtype))
 
     def run_integer(self, site: Site, call: PairCall) -> Any:
         """Call ``linger::add``."""

@@ -17,7 +17,7 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import Platform, rounding_of
 from lightning_linger.core.quantizer import Quantizer, Window
-from lightning_linger.core.ranges import RangeRule
+from lightning_linger.core.ranges import LearnedScale, RangeRule
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
@@ -144,7 +144,7 @@ class _Planner:
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
-        site.weight_rule = None
+        site.weight_rule, site.learned_weight = None, None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
@@ -208,7 +208,8 @@ class _Planner:
         site.config, site.platform, site.why_float = config, platform, None
         if site.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
-            site.weight_rule = RangeRule.parse(config.weight_range)
+            site.weight_rule = RangeRule.parse_weight(config.weight_range)
+            site.learned_weight = self._learned_weight(site, call)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.output_scale == "inputs":
@@ -216,7 +217,7 @@ class _Planner:
         bits = config.output_bits
         if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
             known = site.op.output_range(call, config, platform)
-            site.output = self._quantizer(site.key, bits, config, platform, known)
+            site.output = self._quantizer(site, site.key, bits, known)
         return bits is not None and bits <= WIDEST_OPERAND
 
     def _obstacle(
@@ -298,30 +299,31 @@ class _Planner:
                 site.operand_bits[position] = bits
             plain = isinstance(operand, TensorSpec) and operand.value not in on_grid
             if plain and name not in site.inputs:
-                site.inputs[name] = self._quantizer(
-                    f"{site.key}:input{position}", bits, config, platform
-                )
+                site.inputs[name] = self._quantizer(site, f"{site.key}:input{position}", bits)
 
     def _add_parts(self, site: Site, call: Any, config: QuantConfig, platform: Platform) -> None:
         for name, part in site.op.parts(call, config, platform).items():
             bits = config.activation_bits if part.bits is None else part.bits
-            site.parts[name] = self._quantizer(
-                f"{site.key}:{name}", bits, config, platform, part.range
-            )
+            site.parts[name] = self._quantizer(site, f"{site.key}:{name}", bits, part.range)
 
     def _quantizer(
-        self,
-        name: str,
-        bits: int,
-        config: QuantConfig,
-        platform: Platform,
-        known_range: float | None = None,
+        self, site: Site, name: str, bits: int, known_range: float | None = None
     ) -> Quantizer:
+        config, platform = site.config, site.platform
+        assert config is not None  # the plan has just set both
+        assert platform is not None
         grid = Grid(bits, config.scale or platform.scale, rounding_of(config, platform))
         kind = config.range if known_range is None else known_range
-        quantizer = Quantizer(name, grid, kind)
+        quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
+
+    def _learned_weight(self, site: Site, call: Any) -> LearnedScale | None:
+        rule, grid = site.weight_rule, site.weight_grid
+        if rule is None or grid is None or rule.learned is None or not site.op.learns_weight_ranges:
+            return None
+        channels = site.op.weight_channels(call) if site.granularity == "channel" else None
+        return LearnedScale(rule.learned, grid, channels).to(self.device)
 
     # --- looking ahead ----------------------------------------------------------------------
 
