@@ -46,6 +46,8 @@ class QuantizeCallback(StageCallback):
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
         fused_rnn: Multiply whole input sequences of recurrent layers at once.
+        narrow_weights: Leave out the most negative weight code; None takes the platform's.
+        strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
@@ -76,6 +78,8 @@ class QuantizeCallback(StageCallback):
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
         fused_rnn: bool = True,
+        narrow_weights: bool | None = None,
+        strict_maximum: bool = False,
         seed: int = 0,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
@@ -98,6 +102,8 @@ class QuantizeCallback(StageCallback):
             ahead_linear_relu=ahead_linear_relu,
             strict_platform=strict_platform,
             fused_rnn=fused_rnn,
+            narrow_weights=narrow_weights,
+            strict_maximum=strict_maximum,
             seed=seed,
         )
         self.types = types

@@ -32,6 +32,10 @@ class QuantConfig:
         granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
         rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
             and as the platform in evaluation, integers and export.
+        narrow_weights: Whether weights leave out their most negative code; None takes the
+            platform's.
+        strict_maximum: Whether a power-of-two step keeps the end of a range within the codes, where
+            by default a range of exactly a power of two keeps every bit and its end saturates.
         seed: Of stochastic rounding.
         range: Range estimator of activations, e.g. ``ema_absmax``, ``mean_mse`` or ``99.9%``
             (see :mod:`lightning_linger.core.ranges`), a number for a fixed range, or ``lsq``,
@@ -65,6 +69,8 @@ class QuantConfig:
     ahead_linear_relu: bool = True
     strict_platform: bool = False
     fused_rnn: bool = True
+    narrow_weights: bool | None = None
+    strict_maximum: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +82,8 @@ class QuantConfig:
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
+        _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
+        _require_choice("strict_maximum", self.strict_maximum, (True, False))
         if type(self.seed) is not int or self.seed < 0:
             msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
             raise ConfigError(msg)

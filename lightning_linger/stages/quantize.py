@@ -312,7 +312,11 @@ class _Planner:
         config, platform = site.config, site.platform
         assert config is not None  # the plan has just set both
         assert platform is not None
-        grid = Grid(bits, config.scale or platform.scale, rounding_of(config, platform))
+        scale = config.scale or platform.scale
+        rounding = rounding_of(config, platform)
+        # A range that is known, like a sigmoid's, comes with the step of its function.
+        strict = config.strict_maximum and known_range is None
+        grid = Grid(bits, scale, rounding, strict=strict)
         kind = config.range if known_range is None else known_range
         quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
         quantizer.train(self.model.training)
@@ -365,7 +369,8 @@ def _weight_grid(config: QuantConfig, platform: Platform) -> Grid:
         config.weight_bits,
         config.scale or platform.scale,
         rounding_of(config, platform),
-        platform.narrow_weights,
+        platform.narrow_weights if config.narrow_weights is None else config.narrow_weights,
+        config.strict_maximum,
     )
 
 
