@@ -41,6 +41,8 @@ class QuantizeCallback(StageCallback):
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
         weight_range: Range estimator of weights, or a fixed range.
+        gradient_bits: Width of gradients; None leaves them in float.
+        gradient_range: Range estimator of gradients, or a fixed range.
         ahead_conv_relu: Let a convolution before a ReLU use its codes for the positive side.
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
@@ -73,6 +75,8 @@ class QuantizeCallback(StageCallback):
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
         weight_range: str | float = "absmax",
+        gradient_bits: int | None = None,
+        gradient_range: str | float = "last_absmax",
         ahead_conv_relu: bool = True,
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
@@ -97,6 +101,8 @@ class QuantizeCallback(StageCallback):
             rounding=rounding,
             range=range,
             weight_range=weight_range,
+            gradient_bits=gradient_bits,
+            gradient_range=gradient_range,
             ahead_conv_relu=ahead_conv_relu,
             ahead_bn_relu=ahead_bn_relu,
             ahead_linear_relu=ahead_linear_relu,

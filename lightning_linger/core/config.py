@@ -44,6 +44,10 @@ class QuantConfig:
             is always seen whole. Beyond its range a weight is clipped and has no gradient. ``lsq``
             and ``tqt`` learn it for convolutions and linear layers; the weights of other layers
             keep the estimator that learning starts from.
+        gradient_bits: Width of gradients, 2 to 16; None leaves them in float. The gradients of
+            activations are rounded where they enter the layer that made them, those of weights and
+            biases of layers before the mask of clipped values.
+        gradient_range: Range estimator of gradients, or a number for a fixed range.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -64,6 +68,8 @@ class QuantConfig:
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
     weight_range: str | float = "absmax"
+    gradient_bits: int | None = None
+    gradient_range: str | float = "last_absmax"
     ahead_conv_relu: bool = True
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
@@ -79,6 +85,8 @@ class QuantConfig:
         _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        if self.gradient_bits is not None:
+            _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
@@ -92,6 +100,9 @@ class QuantConfig:
             raise ConfigError(msg)
         RangeRule.parse(self.range)
         RangeRule.parse_weight(self.weight_range)
+        if RangeRule.parse(self.gradient_range, "`gradient_range`").learned is not None:
+            msg = f"`gradient_range` cannot be learned. Found: {self.gradient_range!r}."
+            raise ConfigError(msg)
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
         """Return a copy with some fields replaced, after checking their names."""

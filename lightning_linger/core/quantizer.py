@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, straight_through
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.ranges import LearnedScale, RangeEstimator
@@ -53,6 +54,7 @@ class Quantizer(nn.Module):
 
     Attributes:
         learned: The learned range, None for one that is only observed.
+        gradient: Rounds the gradient of what is rounded here, None to leave it as it is.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Quantizer(nn.Module):
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
+        self.gradient: GradientQuantizer | None = None
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
@@ -182,13 +185,17 @@ class Quantizer(nn.Module):
         low, high = self.code_bounds(usable)
         if self.learns_now:
             rounded = fake_quantize(values.detach(), usable, low, high, self.rounding)
-            rounded = self.with_gradient(rounded, values, usable)
+            rounded = self._carried(rounded, values, usable)
         else:
             # A view cannot be overwritten under autograd without a copy of its base.
             overwrite = overwrite and isinstance(usable, float) and not values._is_view()
             rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
-        rounded = rounded.to(dtype)
+        rounded = self.with_rounded_gradient(rounded.to(dtype))
         return with_tag(rounded, self.tag(step, dtype))
+
+    def with_rounded_gradient(self, rounded: Tensor) -> Tensor:
+        """Return a result of this quantizer with the gradient rounded, if it is to be."""
+        return rounded if self.gradient is None else self.gradient(rounded)
 
     @property
     def learns_now(self) -> bool:
@@ -203,6 +210,9 @@ class Quantizer(nn.Module):
             real: The real value it stands for, with gradients.
             step: The step in use.
         """
+        return self.with_rounded_gradient(self._carried(value, real, step))
+
+    def _carried(self, value: Tensor, real: Tensor, step: Scalar) -> Tensor:
         low, high = self.code_bounds(step)
         if self.learned is not None and self.learns_now:
             return self.learned.carry(value, real, step, low, high)

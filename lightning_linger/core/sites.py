@@ -68,9 +68,14 @@ class Switches:
     recomputing: bool = False
 
     @property
+    def moving(self) -> bool:
+        """Whether ranges move in training."""
+        return self.observing
+
+    @property
     def learning(self) -> bool:
         """Whether a forward in training mode moves ranges now."""
-        return self.observing and not self.recomputing
+        return self.moving and not self.recomputing
 
     @property
     def any_stage(self) -> bool:
@@ -100,6 +105,7 @@ class Site(nn.Module):
         platform: The target whose arithmetic applies.
         inputs: Quantizers of operands that arrive as plain floats, by position.
         parts: Quantizers inside the op, by name.
+        gradients: Gradient quantizers of the parameters, ``weight`` and ``bias``.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
@@ -133,6 +139,7 @@ class Site(nn.Module):
         self.platform: Platform | None = None
         self.inputs = nn.ModuleDict()
         self.parts = nn.ModuleDict()
+        self.gradients = nn.ModuleDict()
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
@@ -333,6 +340,18 @@ class Site(nn.Module):
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
         return self.platform.granularity if self.platform else "tensor"
+
+    def with_rounded_gradient(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a parameter with its gradient rounded, if it is to be.
+
+        Args:
+            name: ``weight`` or ``bias``.
+            parameter: On its grid.
+        """
+        if name not in self.gradients:
+            return parameter
+        rounded: Tensor = self.gradients[name](parameter)
+        return rounded
 
     @property
     def clips_weights(self) -> bool:

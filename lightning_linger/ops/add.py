@@ -14,7 +14,6 @@ from lightning_linger.core.fake_quantize import (
     Scalar,
     fake_quantize,
     round_to_coarser,
-    straight_through,
 )
 from lightning_linger.core.functions import name_functions
 from lightning_linger.core.integer import (
@@ -281,8 +280,8 @@ class AddOp(PairOp):
         )
         low, high = (int(edge) for edge in output.code_bounds(float(step)))
         values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
-        carrier = total.clamp(low * float(step), high * float(step)).to(dtype)
-        return with_tag(straight_through(values, carrier), output.tag(step, dtype))
+        values = output.with_gradient(values, total.to(dtype), float(step))
+        return with_tag(values, output.tag(step, dtype))
 
 
 def _with_constant(value: Any, step: float, output: Quantizer) -> Tensor:
@@ -372,7 +371,8 @@ def _saturated(
     else:
         low, high = (float(edge) for edge in bounds)
         y = total.clamp_(low, high)
-    return with_tag(y.to(dtype), output.tag(step, dtype))
+    y = output.with_rounded_gradient(y.to(dtype))
+    return with_tag(y, output.tag(step, dtype))
 
 
 register(AddOp("add", 1), "add", "__add__")

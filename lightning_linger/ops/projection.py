@@ -129,7 +129,8 @@ class Projection:
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
-        return Parameters(weight, bias, step_w)
+            bias = site.with_rounded_gradient("bias", bias)
+        return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     def codes(self, site: Site, step_x: float, bits_x: int) -> Codes:
         """Return the parameters in effect as integers, in evaluation from the cache.

@@ -292,7 +292,8 @@ class WeightedOp(Op):
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
-        return Parameters(weight, bias, step_w)
+            bias = site.with_rounded_gradient("bias", bias)
+        return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     # --- evaluation -------------------------------------------------------------------------
 

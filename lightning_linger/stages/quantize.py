@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, UnsupportedError
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Node, TensorSpec
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
@@ -138,14 +139,16 @@ class _Planner:
         self.instrumentation.noise = noise
         for site in noisy:
             site.__dict__["noise"] = noise
-            for quantizer in site.quantizers():
-                quantizer.__dict__["noise"] = noise
+            for module in site.modules():
+                if isinstance(module, Quantizer | GradientQuantizer):
+                    module.__dict__["noise"] = noise
 
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
         site.weight_rule, site.learned_weight = None, None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
+        site.gradients = nn.ModuleDict()
         site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
 
@@ -210,6 +213,7 @@ class _Planner:
             site.weight_grid = _weight_grid(config, platform)
             site.weight_rule = RangeRule.parse_weight(config.weight_range)
             site.learned_weight = self._learned_weight(site, call)
+            self._add_parameter_gradients(site)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.output_scale == "inputs":
@@ -319,8 +323,26 @@ class _Planner:
         grid = Grid(bits, scale, rounding, strict=strict)
         kind = config.range if known_range is None else known_range
         quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
+        quantizer.gradient = self._gradient(site, name)
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
+
+    def _gradient(self, site: Site, name: str) -> GradientQuantizer | None:
+        config, platform = site.config, site.platform
+        assert config is not None  # the plan has just set both
+        assert platform is not None
+        if config.gradient_bits is None:
+            return None
+        scale, rounding = config.scale or platform.scale, rounding_of(config, platform)
+        bits, range_ = config.gradient_bits, config.gradient_range
+        quantizer = GradientQuantizer(name, bits, scale, rounding, range_, site.switches)
+        return quantizer.train(self.model.training).to(self.device)
+
+    def _add_parameter_gradients(self, site: Site) -> None:
+        for name in ("weight", "bias"):
+            quantizer = self._gradient(site, f"{site.key}:{name}")
+            if quantizer is not None:
+                site.gradients[name] = quantizer
 
     def _learned_weight(self, site: Site, call: Any) -> LearnedScale | None:
         rule, grid = site.weight_rule, site.weight_grid
