@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_linger.callbacks.optimizers import check_learned_ranges
-from lightning_linger.callbacks.schedule import Condition
+from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import QuantizationWarning
@@ -18,6 +18,7 @@ from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
+from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
 from lightning_linger.stages.selection import QUANT_MARK, Selection
 from lightning_linger.stages.summary import float_sites
@@ -31,6 +32,8 @@ class QuantizeCallback(StageCallback):
         at_step: First step, instead.
         when: A condition, instead.
         end_epoch: First epoch with quantization off again.
+        freeze_at_epoch: First epoch from which every range stays; None lets ranges move to the end.
+        freeze_at_step: First step, instead.
         platform: Name of the target.
         weight_bits: Width of weights.
         activation_bits: Width of inputs.
@@ -65,6 +68,8 @@ class QuantizeCallback(StageCallback):
         at_step: int | None = None,
         when: Condition | None = None,
         end_epoch: int | None = None,
+        freeze_at_epoch: int | None = None,
+        freeze_at_step: int | None = None,
         platform: str = "venusa",
         weight_bits: int = 8,
         activation_bits: int = 8,
@@ -90,6 +95,9 @@ class QuantizeCallback(StageCallback):
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> None:
         super().__init__(at_epoch, at_step, when, end_epoch)
+        self.freeze: Schedule | None = None
+        if freeze_at_epoch is not None or freeze_at_step is not None:
+            self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
         self.config = QuantConfig(
             platform=platform_of(platform).name,
             weight_bits=weight_bits,
@@ -133,6 +141,26 @@ class QuantizeCallback(StageCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the optimizers, which exist now, train learned ranges."""
         check_learned_ranges(trainer, pl_module, late=self.schedule.at_epoch != 0)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Switch by epoch or condition, and freeze by epoch."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._follow_freeze(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch by step, and freeze by step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.freeze is not None and self.freeze.at_step is not None:
+            self._follow_freeze(trainer, pl_module)
+
+    def _follow_freeze(self, trainer: Any, module: Any) -> None:
+        if self.freeze is None or trainer.fast_dev_run:
+            return
+        frozen = instrumentation_of(module).switches.frozen
+        if not frozen and self.freeze.is_on(trainer, module, frozen):
+            freeze_ranges(module)
 
     def is_on(self, module: Any) -> bool:
         """Return whether quantization is on."""

@@ -55,6 +55,7 @@ class Switches:
         quantize: Whether quantizers act.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
+        frozen: Whether every range, of weights and gradients too, stays what it is.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -65,12 +66,13 @@ class Switches:
     quantize: bool = False
     system: str = "fake"
     observing: bool = True
+    frozen: bool = False
     recomputing: bool = False
 
     @property
     def moving(self) -> bool:
         """Whether ranges move in training."""
-        return self.observing
+        return self.observing and not self.frozen
 
     @property
     def learning(self) -> bool:
@@ -91,6 +93,10 @@ class Limits:
     bias: Limit | None
     output: Limit | None
     gradient: LimitGradient
+
+
+# Buffers that hold the steps of weights while ranges are frozen.
+_HELD = "held_"
 
 
 class Site(nn.Module):
@@ -353,6 +359,28 @@ class Site(nn.Module):
         rounded: Tensor = self.gradients[name](parameter)
         return rounded
 
+    def held(self, name: str, step: Scalar) -> Scalar:
+        """Return the step of a weight, which stays what it is while ranges are frozen.
+
+        Args:
+            name: Tells the weights of the site apart.
+            step: What the weight asks for now.
+        """
+        if not self.switches.frozen:
+            return step
+        name = _HELD + name.replace(".", ":")
+        if name not in self._buffers and not capturing():
+            self.register_buffer(name, torch.as_tensor(step, dtype=torch.float32).clone())
+        kept: Any = self._buffers.get(name)
+        if kept is None:
+            return step
+        return float(kept) if isinstance(step, float) else kept
+
+    def release_steps(self) -> None:
+        """Forget the steps that were held while ranges were frozen."""
+        for name in [name for name in self._buffers if name.startswith(_HELD)]:
+            del self._buffers[name]
+
     @property
     def clips_weights(self) -> bool:
         """Whether weights may lie beyond their range."""
@@ -404,10 +432,11 @@ class Site(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
         """Follow the model to its device; a limit stays float32 like every range."""
-        bound = self._buffers.get("output_bound")
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bound is not None:
-            self.output_bound = bound.to(self.output_bound.device)
+        for name, buffer in before.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
     def thaw(self) -> None:
@@ -419,8 +448,15 @@ class Site(nn.Module):
         self.thaw()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.release_steps()
+        for key, value in state_dict.items():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name.startswith(_HELD):
+                self.register_buffer(name, torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.thaw()
 
     def extra_repr(self) -> str:

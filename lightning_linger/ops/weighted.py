@@ -278,7 +278,7 @@ class WeightedOp(Op):
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
-        step_w = weight_step(site, rows, finest)
+        step_w = site.held("weight", weight_step(site, rows, finest))
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
