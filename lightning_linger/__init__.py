@@ -26,8 +26,9 @@ from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
+from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
-from lightning_linger.stages.mixin import LingerMixin
+from lightning_linger.stages.learned import learned_ranges, parameter_groups
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import quantize
@@ -66,13 +67,16 @@ __all__ = [
     "disable_quant",
     "divergence",
     "export_onnx",
+    "freeze_ranges",
     "fuse_bn",
     "fused_rnn",
     "integer",
+    "learned_ranges",
     "load_checkpoint",
     "normalize",
     "normalize_module",
     "operator",
+    "parameter_groups",
     "prepare",
     "quant_error",
     "quant_module",

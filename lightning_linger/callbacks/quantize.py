@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_linger.callbacks.schedule import Condition
+from lightning_linger.callbacks.optimizers import check_learned_ranges
+from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import QuantizationWarning
@@ -17,6 +18,7 @@ from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
+from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
 from lightning_linger.stages.selection import QUANT_MARK, Selection
 from lightning_linger.stages.summary import float_sites
@@ -30,6 +32,8 @@ class QuantizeCallback(StageCallback):
         at_step: First step, instead.
         when: A condition, instead.
         end_epoch: First epoch with quantization off again.
+        freeze_at_epoch: First epoch from which every range stays; None lets ranges move to the end.
+        freeze_at_step: First step, instead.
         platform: Name of the target.
         weight_bits: Width of weights.
         activation_bits: Width of inputs.
@@ -40,11 +44,15 @@ class QuantizeCallback(StageCallback):
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
         weight_range: Range estimator of weights, or a fixed range.
+        gradient_bits: Width of gradients; None leaves them in float.
+        gradient_range: Range estimator of gradients, or a fixed range.
         ahead_conv_relu: Let a convolution before a ReLU use its codes for the positive side.
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
         fused_rnn: Multiply whole input sequences of recurrent layers at once.
+        narrow_weights: Leave out the most negative weight code; None takes the platform's.
+        strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
@@ -62,6 +70,8 @@ class QuantizeCallback(StageCallback):
         at_step: int | None = None,
         when: Condition | None = None,
         end_epoch: int | None = None,
+        freeze_at_epoch: int | None = None,
+        freeze_at_step: int | None = None,
         platform: str = "venusa",
         weight_bits: int = 8,
         activation_bits: int = 8,
@@ -72,18 +82,25 @@ class QuantizeCallback(StageCallback):
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
         weight_range: str | float = "absmax",
+        gradient_bits: int | None = None,
+        gradient_range: str | float = "last_absmax",
         ahead_conv_relu: bool = True,
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
         fused_rnn: bool = True,
+        narrow_weights: bool | None = None,
+        strict_maximum: bool = False,
         seed: int = 0,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         allow_changes: bool = False,
     ) -> None:
-        super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
+        super().__init__(at_epoch, at_step, when, end_epoch)
+        self.freeze: Schedule | None = None
+        if freeze_at_epoch is not None or freeze_at_step is not None:
+            self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
         self.config = QuantConfig(
             platform=platform_of(platform).name,
             weight_bits=weight_bits,
@@ -95,11 +112,15 @@ class QuantizeCallback(StageCallback):
             rounding=rounding,
             range=range,
             weight_range=weight_range,
+            gradient_bits=gradient_bits,
+            gradient_range=gradient_range,
             ahead_conv_relu=ahead_conv_relu,
             ahead_bn_relu=ahead_bn_relu,
             ahead_linear_relu=ahead_linear_relu,
             strict_platform=strict_platform,
             fused_rnn=fused_rnn,
+            narrow_weights=narrow_weights,
+            strict_maximum=strict_maximum,
             seed=seed,
         )
         self.types = types
@@ -119,6 +140,30 @@ class QuantizeCallback(StageCallback):
                 QuantizationWarning,
                 stacklevel=2,
             )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the optimizers, which exist now, train learned ranges."""
+        check_learned_ranges(trainer, pl_module, late=self.schedule.at_epoch != 0)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Switch by epoch or condition, and freeze by epoch."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._follow_freeze(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch by step, and freeze by step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.freeze is not None and self.freeze.at_step is not None:
+            self._follow_freeze(trainer, pl_module)
+
+    def _follow_freeze(self, trainer: Any, module: Any) -> None:
+        if self.freeze is None or trainer.fast_dev_run:
+            return
+        frozen = instrumentation_of(module).switches.frozen
+        if not frozen and self.freeze.is_on(trainer, module, frozen):
+            freeze_ranges(module)
 
     def is_on(self, module: Any) -> bool:
         """Return whether quantization is on."""

@@ -32,11 +32,22 @@ class QuantConfig:
         granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
         rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
             and as the platform in evaluation, integers and export.
+        narrow_weights: Whether weights leave out their most negative code; None takes the
+            platform's.
+        strict_maximum: Whether a power-of-two step keeps the end of a range within the codes, where
+            by default a range of exactly a power of two keeps every bit and its end saturates.
         seed: Of stochastic rounding.
         range: Range estimator of activations, e.g. ``ema_absmax``, ``mean_mse`` or ``99.9%``
-            (see :mod:`lightning_linger.core.ranges`), or a number for a fixed range.
+            (see :mod:`lightning_linger.core.ranges`), a number for a fixed range, or ``lsq``,
+            ``tqt`` or ``pact`` to learn it.
         weight_range: Range estimator of weights, without ``ema_``, ``mean_`` or ``last_``: a weight
-            is always seen whole. Beyond its range a weight is clipped and has no gradient.
+            is always seen whole. Beyond its range a weight is clipped and has no gradient. ``lsq``
+            and ``tqt`` learn it for convolutions and linear layers; the weights of other layers
+            keep the estimator that learning starts from.
+        gradient_bits: Width of gradients, 2 to 16; None leaves them in float. The gradients of
+            activations are rounded where they enter the layer that made them, those of weights and
+            biases of layers before the mask of clipped values.
+        gradient_range: Range estimator of gradients, or a number for a fixed range.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -57,11 +68,15 @@ class QuantConfig:
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
     weight_range: str | float = "absmax"
+    gradient_bits: int | None = None
+    gradient_range: str | float = "last_absmax"
     ahead_conv_relu: bool = True
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
     strict_platform: bool = False
     fused_rnn: bool = True
+    narrow_weights: bool | None = None
+    strict_maximum: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,9 +85,13 @@ class QuantConfig:
         _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        if self.gradient_bits is not None:
+            _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
+        _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
+        _require_choice("strict_maximum", self.strict_maximum, (True, False))
         if type(self.seed) is not int or self.seed < 0:
             msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
             raise ConfigError(msg)
@@ -80,7 +99,10 @@ class QuantConfig:
             msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
             raise ConfigError(msg)
         RangeRule.parse(self.range)
-        _require_weight_range(self.weight_range)
+        RangeRule.parse_weight(self.weight_range)
+        if RangeRule.parse(self.gradient_range, "`gradient_range`").learned is not None:
+            msg = f"`gradient_range` cannot be learned. Found: {self.gradient_range!r}."
+            raise ConfigError(msg)
 
     def override(self, fields: dict[str, Any]) -> "QuantConfig":
         """Return a copy with some fields replaced, after checking their names."""

@@ -48,7 +48,7 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise sum over all processes; exact for whole numbers."""
+    """Return the elementwise sum over all processes, the same on each."""
     if is_distributed():
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.SUM)

@@ -27,12 +27,21 @@ class Grid:
         scale_kind: ``power_of_two`` (``step = 2^e``) or ``free`` (any positive float32).
         rounding: Name of a rule of :mod:`lightning_linger.core.rounding`.
         narrow: Leave out the most negative code, so that the grid is symmetric around zero.
+        strict: A power-of-two step puts the range's end within the codes, so that nothing of the
+            range saturates. Without, a range that is itself a power of two keeps every bit, and its
+            very end saturates to the top code.
+        closed: Add the code ``2^(bits-1)``, which no hardware of this width stores: for what is
+            rounded in simulation only (NICS-fix's fixed-point numbers).
+        exponents: Smallest and largest exponent of a power-of-two step.
     """
 
     bits: int = 8
     scale_kind: ScaleKind = "power_of_two"
     rounding: Rounding = "half_up"
     narrow: bool = False
+    strict: bool = False
+    closed: bool = False
+    exponents: tuple[int, int] = (MIN_EXPONENT, MAX_EXPONENT)
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -53,21 +62,24 @@ class Grid:
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1 + int(self.closed)
 
     def step(self, absmax: Tensor) -> Tensor:
         """Return the step that covers ``[-absmax, absmax]``, elementwise; zero gives a neutral one.
 
         A power-of-two step is the smallest ``2^e`` with ``absmax <= 2^(bits-1) * 2^e``: a range
         that is itself a power of two (the usual range limit) keeps every bit, at the price of one
-        code at the very top. A free step is ``absmax / (2^(bits-1) - 1)``.
+        code at the very top; a strict grid asks for ``absmax <= qmax * 2^e``. A free step is
+        ``absmax / qmax``.
         """
         absmax = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
         if self.scale_kind == "free":
             return absmax / self.qmax
         mantissa, exponent = torch.frexp(absmax)
         exponent = exponent - (mantissa == 0.5).to(exponent.dtype) - (self.bits - 1)
-        exponent = exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+        if self.strict:
+            exponent = exponent + (absmax > torch.ldexp(self._top(absmax), exponent))
+        exponent = exponent.clamp(*self.exponents)
         return torch.ldexp(torch.ones_like(absmax), exponent)
 
     def step_value(self, absmax: float) -> float:
@@ -78,4 +90,10 @@ class Grid:
             return float(np.float32(absmax) / np.float32(self.qmax))
         mantissa, exponent = math.frexp(absmax)
         exponent -= (mantissa == 0.5) + self.bits - 1
-        return math.ldexp(1.0, min(max(exponent, MIN_EXPONENT), MAX_EXPONENT))
+        if self.strict:
+            exponent += absmax > math.ldexp(self.qmax, exponent)
+        low, high = self.exponents
+        return math.ldexp(1.0, min(max(exponent, low), high))
+
+    def _top(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, self.qmax)

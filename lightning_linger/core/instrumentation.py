@@ -18,6 +18,7 @@ from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
     changes,
@@ -305,6 +306,17 @@ class Instrumentation(nn.Module):
         """Whether there is a site of this key."""
         return _module_name(key) in self.site
 
+    def freeze(self, frozen: bool) -> None:
+        """Keep every range, or let all move again."""
+        self.switches.frozen = frozen
+        for module in self.modules():
+            if isinstance(module, LearnedScale):
+                module.value.requires_grad_(not frozen)
+        if not frozen:
+            for site in self.sites:
+                site.release_steps()
+        self.thaw()
+
     def thaw(self) -> None:
         """Forget everything that evaluation derived from weights and ranges."""
         for site in self.sites:
@@ -320,6 +332,7 @@ class Instrumentation(nn.Module):
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
+            "frozen": self.switches.frozen,
             "quantizers": self._quantizer_names(),
             "plans": self.plans,
             "marks": self.marks,
@@ -355,6 +368,14 @@ class Instrumentation(nn.Module):
                 "with other ones, pass `allow_changes=True` to the callback they belong to."
             )
             raise ConfigError(msg)
+        switches = self.switches
+        switches.fuse, switches.fuse_mode = recipe["fuse"], recipe["fuse_mode"]
+        switches.normalize, switches.quantize = recipe["normalize"], recipe["quantize"]
+        switches.frozen = recipe.get("frozen", False)
+        for module in self.modules():
+            if isinstance(module, LearnedScale):
+                module.value.requires_grad_(not switches.frozen)
+        self.thaw()
 
     def note_plan(self, stage: str, plan: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
         """Remember what a stage was planned with.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import capturing
+from lightning_linger.core.distributed import rank
 from lightning_linger.core.rounding import Rounder, stochastic
 
 
@@ -37,27 +38,29 @@ class Noise(nn.Module):
         if not capturing():
             self.forwards += 1
 
-    def uniform(self, place: str, like: Tensor) -> Tensor:
+    def uniform(self, place: str, like: Tensor, shared: bool = False) -> Tensor:
         """Return float numbers from [0, 1), of the shape and on the device of ``like``.
 
         Args:
             place: Where they are used; another place gets others.
             like: Any tensor.
+            shared: Whether all processes of a distributed run get the same numbers.
         """
         if capturing():
             return torch.rand_like(like)
-        key = f"{self.seed}/{self.forwards}/{place}".encode()
+        process = 0 if shared else rank()
+        key = f"{self.seed}/{self.forwards}/{process}/{place}".encode()
         digest = hashlib.blake2b(key, digest_size=8).digest()
         generator = torch.Generator(like.device)
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
-    def rounder(self, place: str) -> Rounder:
-        """Return stochastic rounding with the numbers of a place."""
-        return functools.partial(self._round, place)
+    def rounder(self, place: str, shared: bool = False) -> Rounder:
+        """Return stochastic rounding with the numbers of a place (see :meth:`uniform`)."""
+        return functools.partial(self._round, place, shared)
 
-    def _round(self, place: str, x: Tensor) -> Tensor:
-        return stochastic(x, self.uniform(place, x))
+    def _round(self, place: str, shared: bool, x: Tensor) -> Tensor:
+        return stochastic(x, self.uniform(place, x, shared))
 
     def get_extra_state(self) -> Tensor:
         """Return the seed and the number of forwards."""

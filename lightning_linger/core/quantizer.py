@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize
+from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, straight_through
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.core.ranges import LearnedScale, RangeEstimator
 from lightning_linger.core.rounding import Rounder
 from lightning_linger.core.tags import Tag, with_tag
 
@@ -49,20 +50,33 @@ class Quantizer(nn.Module):
         grid: Bits, scale kind and rounding.
         range: Name of the range estimator, or a fixed absolute maximum.
         window: What the follower lets through.
+        learns: Whether a range that can be learned is; otherwise it stays with its estimator.
+
+    Attributes:
+        learned: The learned range, None for one that is only observed.
+        gradient: Rounds the gradient of what is rounded here, None to leave it as it is.
     """
 
     def __init__(
-        self, name: str, grid: Grid, range: str | float, window: Window | None = None
+        self,
+        name: str,
+        grid: Grid,
+        range: str | float,
+        window: Window | None = None,
+        learns: bool = True,
     ) -> None:
         super().__init__()
         self.name = name
         self.grid = grid
         self.window = window or Window()
         self.estimator = RangeEstimator(range, name, grid)
+        kind = self.estimator.rule.learned
+        self.learned = LearnedScale(kind, grid) if kind is not None and learns else None
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
+        self.gradient: GradientQuantizer | None = None
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
@@ -71,10 +85,21 @@ class Quantizer(nn.Module):
         """Whether a range has been seen, so that the quantizer can be used."""
         return self.estimator.known
 
+    @property
+    def settled(self) -> bool:
+        """Whether the step at hand can be used before this batch is observed."""
+        return self.known and (self.learned is None or self.learned.started)
+
     def observe(self, x: Tensor, cap: float = math.inf) -> None:
         """Move the range by one batch, as far as the window and a range limit let through."""
+        if self.learned is not None and self.learned.started:
+            return
         cap = min(self.window.cap, cap)
         self.estimator.observe(x, max(self.window.low, -cap), min(self.window.high, cap))
+        if self.learned is not None and self.known:
+            self.learned.follow(self.estimator.absmax())
+            if torch.is_grad_enabled():
+                self.learned.start()
 
     def step(self, minimum: Scalar | None = None) -> Scalar:
         """Return the step in use.
@@ -91,13 +116,19 @@ class Quantizer(nn.Module):
         if self._frozen_step is not None:
             return self._frozen_step
         if not can_read(self.estimator.range):
-            step = self.grid.step(self.estimator.absmax())
+            if self.learned is not None:
+                step = self.learned.step()
+            else:
+                step = self.grid.step(self.estimator.absmax())
             if minimum is None:
                 return step
             floor = torch.as_tensor(minimum, dtype=step.dtype, device=step.device)
             return torch.maximum(step, floor)
-        low, high = self.estimator.range.tolist()
-        value = self.grid.step_value(max(-low, high))
+        if self.learned is not None:
+            value = float(self.learned.step())
+        else:
+            low, high = self.estimator.range.tolist()
+            value = self.grid.step_value(max(-low, high))
         if minimum is not None:
             value = max(value, float(minimum))
         if not self.training:
@@ -152,11 +183,41 @@ class Quantizer(nn.Module):
         if isinstance(usable, float):
             self.latest_step = usable
         low, high = self.code_bounds(usable)
-        # A view cannot be overwritten under autograd without a copy of its base.
-        overwrite = overwrite and isinstance(usable, float) and not values._is_view()
-        rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
-        rounded = rounded.to(dtype)
+        if self.learns_now:
+            rounded = fake_quantize(values.detach(), usable, low, high, self.rounding)
+            rounded = self._carried(rounded, values, usable)
+        else:
+            # A view cannot be overwritten under autograd without a copy of its base.
+            overwrite = overwrite and isinstance(usable, float) and not values._is_view()
+            rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
+        rounded = self.with_rounded_gradient(rounded.to(dtype))
         return with_tag(rounded, self.tag(step, dtype))
+
+    def with_rounded_gradient(self, rounded: Tensor) -> Tensor:
+        """Return a result of this quantizer with the gradient rounded, if it is to be."""
+        return rounded if self.gradient is None else self.gradient(rounded)
+
+    @property
+    def learns_now(self) -> bool:
+        """Whether the forward that runs now passes gradients to a learned range."""
+        return self.learned is not None and self.training and torch.is_grad_enabled()
+
+    def with_gradient(self, value: Tensor, real: Tensor, step: Scalar) -> Tensor:
+        """Return a value on the grid with the gradient of having rounded ``real``.
+
+        Args:
+            value: On the grid, e.g. from an integer kernel.
+            real: The real value it stands for, with gradients.
+            step: The step in use.
+        """
+        return self.with_rounded_gradient(self._carried(value, real, step))
+
+    def _carried(self, value: Tensor, real: Tensor, step: Scalar) -> Tensor:
+        low, high = self.code_bounds(step)
+        if self.learned is not None and self.learns_now:
+            return self.learned.carry(value, real, step, low, high)
+        carrier = clamped(real, low * step, high * step)
+        return straight_through(value, carrier.to(value.dtype))
 
     @property
     def rounding(self) -> str | Rounder:
@@ -176,9 +237,14 @@ class Quantizer(nn.Module):
         if self._frozen_reach is not None:
             return self._frozen_reach
         if not can_read(self.estimator.range):
+            if self.learned is not None:
+                return self.learned.step() * (self.grid.qmax + 1)
             return self.estimator.absmax()
-        low, high = self.estimator.range.tolist()
-        reach: float = max(-low, high)
+        if self.learned is not None:
+            reach = float(self.learned.step()) * (self.grid.qmax + 1)
+        else:
+            low, high = self.estimator.range.tolist()
+            reach = max(-low, high)
         if not self.training:
             self._frozen_reach = reach
         return reach
@@ -211,6 +277,14 @@ def readable(step: Scalar, x: Tensor) -> Scalar:
     if isinstance(step, Tensor) and can_read(step):
         return float(step.item()) if step.numel() == 1 else step
     return step
+
+
+def clamped(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
+    """Clamp between two numbers or tensors."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(edge, dtype=x.dtype, device=x.device) for edge in (low, high))
+        return torch.minimum(torch.maximum(x, low), high)
+    return x.clamp(low, high)
 
 
 def _edge_code(edge: float, step: Scalar, grid: Grid) -> Bound:

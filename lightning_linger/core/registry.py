@@ -59,11 +59,14 @@ class Op:
             its scale follows from the operands.
         needs_quantized_operand: True where an op on plain values stays plain (index arithmetic, an
             addition before the first layer); False for layers, which quantize their own input.
+        learns_weight_ranges: Whether the range of its weight can be learned.
         has_parameters: Whether it quantizes weights of the model: sites get a weight grid, range
             limits apply. So do the calls of any other op that have :meth:`parameters`.
         commutative: Whether the order of its operands does not matter.
         takes_window: Whether an activation that follows may narrow the quantizer of the result; not
             where the op reads its own result again.
+        learns_ranges: Whether its quantizers can learn their ranges; those that round step by step
+            through time stay with their estimators.
         exact_with_free_scales: Whether fake-quant and integers are equal bit for bit where scales
             are no powers of two; without, they may differ next to rounding ties.
     """
@@ -72,8 +75,10 @@ class Op:
     output_scale: OutputScale = "observed"
     needs_quantized_operand: bool = True
     has_parameters: bool = False
+    learns_weight_ranges: bool = False
     commutative: bool = False
     takes_window: bool = True
+    learns_ranges: bool = True
     exact_with_free_scales: bool = False
 
     def __init__(self, kind: str) -> None:
@@ -94,6 +99,10 @@ class Op:
     def parameters(self, call: Any) -> list[Any]:
         """Return the weights of a bound call, which must be parameters of the model."""
         return []
+
+    def weight_channels(self, call: Any) -> int:
+        """Return how many output channels the weight has, where its range can be learned."""
+        raise NotImplementedError
 
     def parts(self, call: Any, config: QuantConfig, platform: Platform) -> Mapping[str, Part]:
         """Name the quantizers inside the op: ``site.parts[name]``."""

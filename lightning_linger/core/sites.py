@@ -33,7 +33,7 @@ from lightning_linger.core.limits import apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer, readable
-from lightning_linger.core.ranges import EMA_WEIGHT, RangeRule
+from lightning_linger.core.ranges import EMA_WEIGHT, LearnedScale, RangeRule
 from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
@@ -55,6 +55,7 @@ class Switches:
         quantize: Whether quantizers act.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
+        frozen: Whether every range, of weights and gradients too, stays what it is.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -65,12 +66,18 @@ class Switches:
     quantize: bool = False
     system: str = "fake"
     observing: bool = True
+    frozen: bool = False
     recomputing: bool = False
+
+    @property
+    def moving(self) -> bool:
+        """Whether ranges move in training."""
+        return self.observing and not self.frozen
 
     @property
     def learning(self) -> bool:
         """Whether a forward in training mode moves ranges now."""
-        return self.observing and not self.recomputing
+        return self.moving and not self.recomputing
 
     @property
     def any_stage(self) -> bool:
@@ -88,6 +95,10 @@ class Limits:
     gradient: LimitGradient
 
 
+# Buffers that hold the steps of weights while ranges are frozen.
+_HELD = "held_"
+
+
 class Site(nn.Module):
     """One call site and what the stages attached to it.
 
@@ -100,9 +111,11 @@ class Site(nn.Module):
         platform: The target whose arithmetic applies.
         inputs: Quantizers of operands that arrive as plain floats, by position.
         parts: Quantizers inside the op, by name.
+        gradients: Gradient quantizers of the parameters, ``weight`` and ``bias``.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
+        learned_weight: Learned range of the weight, None for one that is only measured.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -132,10 +145,12 @@ class Site(nn.Module):
         self.platform: Platform | None = None
         self.inputs = nn.ModuleDict()
         self.parts = nn.ModuleDict()
+        self.gradients = nn.ModuleDict()
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
         self.weight_grid: Grid | None = None
         self.weight_rule: RangeRule | None = None
+        self.learned_weight: LearnedScale | None = None
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -323,7 +338,7 @@ class Site(nn.Module):
         noise: Noise | None = self.__dict__["noise"]
         if noise is None or not noise.training:
             return self.rounding
-        return noise.rounder(f"{self.key}:{name}")
+        return noise.rounder(f"{self.key}:{name}", shared=True)
 
     @property
     def granularity(self) -> Granularity:
@@ -331,6 +346,61 @@ class Site(nn.Module):
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
         return self.platform.granularity if self.platform else "tensor"
+
+    def with_rounded_gradient(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a parameter with its gradient rounded, if it is to be.
+
+        Args:
+            name: ``weight`` or ``bias``.
+            parameter: On its grid.
+        """
+        if name not in self.gradients:
+            return parameter
+        rounded: Tensor = self.gradients[name](parameter)
+        return rounded
+
+    def held(self, name: str, step: Scalar) -> Scalar:
+        """Return the step of a weight, which stays what it is while ranges are frozen.
+
+        Args:
+            name: Tells the weights of the site apart.
+            step: What the weight asks for now.
+        """
+        if not self.switches.frozen:
+            return step
+        name = _HELD + name.replace(".", ":")
+        if name not in self._buffers and not capturing():
+            self.register_buffer(name, torch.as_tensor(step, dtype=torch.float32).clone())
+        kept: Any = self._buffers.get(name)
+        if kept is None:
+            return step
+        return float(kept) if isinstance(step, float) else kept
+
+    def release_steps(self) -> None:
+        """Forget the steps that were held while ranges were frozen."""
+        for name in [name for name in self._buffers if name.startswith(_HELD)]:
+            del self._buffers[name]
+
+    @property
+    def clips_weights(self) -> bool:
+        """Whether weights may lie beyond their range."""
+        return self.weight_rule is not None and self.weight_rule.clips
+
+    def weight_reach(self, rows: Tensor) -> Tensor:
+        """Return the half-range of a weight by the site's estimator.
+
+        Args:
+            rows: Detached, ``[R, N]``: a row for each scale.
+
+        Returns:
+            float32 ``[R]``.
+        """
+        rule, grid = self.weight_rule, self.weight_grid
+        assert rule is not None  # the planner gives both to every op that has parameters
+        assert grid is not None
+        if rule.statistic is None:
+            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
+        return rule.statistic.measure(rows, None, grid)
 
     @property
     def clips_weights(self) -> bool:
@@ -383,10 +453,11 @@ class Site(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
         """Follow the model to its device; a limit stays float32 like every range."""
-        bound = self._buffers.get("output_bound")
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bound is not None:
-            self.output_bound = bound.to(self.output_bound.device)
+        for name, buffer in before.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
     def thaw(self) -> None:
@@ -398,8 +469,15 @@ class Site(nn.Module):
         self.thaw()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.release_steps()
+        for key, value in state_dict.items():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name.startswith(_HELD):
+                self.register_buffer(name, torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.thaw()
 
     def extra_repr(self) -> str:

@@ -14,7 +14,6 @@ from lightning_linger.core.fake_quantize import (
     Scalar,
     fake_quantize,
     round_to_coarser,
-    straight_through,
 )
 from lightning_linger.core.functions import name_functions
 from lightning_linger.core.integer import (
@@ -192,12 +191,14 @@ class AddOp(PairOp):
         with without_autocast(device_type(x, y)):
             # A sum is observed behind the rounding of its operands, which saves a pass over it;
             # only the first one has to be seen before there is a step to round with.
-            first = site.learning and not output.known
+            first = site.learning and not output.settled
             if first:
                 output.observe(_total(x, y, self.sign))
             step = output.step(self._finest(site, x, y))
             dtype = x.dtype if isinstance(x, Tensor) else y.dtype
             if site.platform is not None and site.platform.add == "round_operands":
+                if output.learns_now:
+                    return self._learned(x, y, step, output, dtype)
                 usable = readable(step, x if isinstance(x, Tensor) else y)
                 a, own = _rounded_operand(x, usable, output)
                 b, _ = _rounded_operand(y, usable, output)
@@ -208,6 +209,17 @@ class AddOp(PairOp):
             if site.learning and not first:
                 output.observe(_total(x, y, self.sign))
             return self._rounded_once(site, output, x, y, step, dtype)
+
+    def _learned(
+        self, x: Any, y: Any, step: Scalar, output: Quantizer, dtype: torch.dtype
+    ) -> Tensor:
+        """Add with the gradient of rounding the sum once, for the range too."""
+        real = _total(x, y, self.sign)
+        usable = readable(step, real)
+        with torch.no_grad():
+            a, b = (_rounded_operand(v, usable, output)[0] for v in (x, y))
+            value = _saturated(_total(a, b, self.sign), usable, step, output, dtype)
+        return with_tag(output.with_gradient(value, real, usable), output.tag(step, dtype))
 
     def run_integer(self, site: Site, call: PairCall) -> Any:
         """Call ``linger::add``."""
@@ -268,8 +280,8 @@ class AddOp(PairOp):
         )
         low, high = (int(edge) for edge in output.code_bounds(float(step)))
         values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
-        carrier = total.clamp(low * float(step), high * float(step)).to(dtype)
-        return with_tag(straight_through(values, carrier), output.tag(step, dtype))
+        values = output.with_gradient(values, total.to(dtype), float(step))
+        return with_tag(values, output.tag(step, dtype))
 
 
 def _with_constant(value: Any, step: float, output: Quantizer) -> Tensor:
@@ -359,7 +371,8 @@ def _saturated(
     else:
         low, high = (float(edge) for edge in bounds)
         y = total.clamp_(low, high)
-    return with_tag(y.to(dtype), output.tag(step, dtype))
+    y = output.with_rounded_gradient(y.to(dtype))
+    return with_tag(y, output.tag(step, dtype))
 
 
 register(AddOp("add", 1), "add", "__add__")

@@ -338,6 +338,10 @@ class ConvOp(WeightedOp):
         grouped = values.view(call.groups, 1, -1).expand(-1, per_group_in, -1)
         return grouped.reshape(call.weight.shape[0], -1, *ones)
 
+    def weight_channels(self, call: ConvCall) -> int:
+        """Dim 0, or dim 1 within each group of a transposed convolution."""
+        return call.weight.shape[1] * call.groups if self.transposed else call.weight.shape[0]
+
     def channel_rows(self, call: ConvCall, weight: Tensor) -> Tensor:
         """Flatten everything but the output channel."""
         if self.transposed:

@@ -156,7 +156,8 @@ class EmbeddingOp(Op):
         bound = self._bound(site, weight)
         if bound is not None:
             absmax = torch.minimum(absmax, bound)
-        return grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
+        step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
+        return site.held("weight", step)
 
     def _is_prepared(self, site: Site) -> bool:
         return not capturing() or _PREPARED in site.prepared

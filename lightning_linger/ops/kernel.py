@@ -176,6 +176,7 @@ def run_kernel(
         return with_tag(codes, output.tag(step, dtype))
     tensors = [x for x in (*operands, *sources) if x is not None]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    differentiable = differentiable or output.learns_now
     rounds = rounds_in_training and site.training
     result = real(*operands) if site.learning or differentiable or rounds else None
     if site.learning and result is not None:
@@ -193,8 +194,7 @@ def run_kernel(
         codes = kernel(target, *map(_coded, operands))
         value = codes.to(dtype).mul_(usable)
     if result is not None and differentiable:
-        low, high = (float(bound) * usable for bound in output.code_bounds(usable))
-        value = straight_through(value, result.clamp(low, high).to(dtype))
+        value = output.with_gradient(value, result, usable)
     return with_tag(value, output.tag(usable, dtype))
 
 

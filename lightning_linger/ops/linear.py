@@ -99,6 +99,10 @@ class LinearOp(WeightedOp):
         """Output channels are dim 0."""
         return values.view(-1, 1)
 
+    def weight_channels(self, call: LinearCall) -> int:
+        """Dim 0."""
+        return call.weight.shape[0]
+
     def channel_rows(self, call: LinearCall, weight: Tensor) -> Tensor:
         """Rows are output channels already."""
         return weight

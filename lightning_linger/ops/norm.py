@@ -310,6 +310,7 @@ class BatchNormOp(Op):
         if finest is not None:
             absmax = torch.maximum(absmax, finest * grid.qmax)
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
+        step_a = torch.as_tensor(site.held("weight", step_a))
         alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
         limits_b = float32_code_limits(site.config.bias_bits)
         beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)

@@ -353,6 +353,7 @@ class NormOp(KernelOp):
         if finest is not None:
             absmax = torch.maximum(absmax, finest.amax() * (grid.qmax + 1))
         step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
+        step = site.held("weight", step)
         if weight is not None:
             weight = on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding)
         if bias is not None:

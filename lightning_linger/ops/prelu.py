@@ -107,6 +107,7 @@ def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
     assert grid is not None
     absmax = weight.detach().abs().amax().float()
     step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
+    step = site.held("weight", step)
     return on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding), step
 
 

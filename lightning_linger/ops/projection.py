@@ -121,7 +121,8 @@ class Projection:
         finest = finest_for_bias(bias, step_x, site.config.bias_bits)
         own = weight.detach()
         per_channel = site.granularity == "channel"
-        step_w = weight_step(site, own.flatten(1) if per_channel else own.reshape(1, -1), finest)
+        rows = own.flatten(1) if per_channel else own.reshape(1, -1)
+        step_w = site.held(self.name, weight_step(site, rows, finest))
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
         rounding = site.weight_rounding(self.name)
@@ -129,7 +130,8 @@ class Projection:
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
-        return Parameters(weight, bias, step_w)
+            bias = site.with_rounded_gradient("bias", bias)
+        return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     def codes(self, site: Site, step_x: float, bits_x: int) -> Codes:
         """Return the parameters in effect as integers, in evaluation from the cache.

@@ -195,6 +195,7 @@ class SelectOp(Op):
     """
 
     output_scale = "inputs"
+    learns_ranges = False
 
     def __init__(self, kind: str, binder: Callable[..., SelectCall]) -> None:
         super().__init__(kind)

@@ -20,6 +20,7 @@ from lightning_linger.core.integer import (
 )
 from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
+from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import ROUNDINGS, Rounder
 from lightning_linger.core.sites import Site, integer_codes
@@ -95,6 +96,7 @@ class WeightedOp(Op):
 
     needs_quantized_operand = False
     has_parameters = True
+    learns_weight_ranges = True
 
     def parameters(self, call: Any) -> list[Any]:
         """The weight."""
@@ -276,15 +278,22 @@ class WeightedOp(Op):
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
-        step_w = weight_step(site, rows, finest)
+        step_w = site.held("weight", weight_step(site, rows, finest))
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
         steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
+        limits_w = (grid.qmin, grid.qmax)
+        learned = site.learned_weight
+        if learned is not None and site.training:
+            parameter = self.per_channel(call, learned.value) if vector else learned.value
+            weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
+        else:
+            weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
-        return Parameters(weight, bias, step_w)
+            bias = site.with_rounded_gradient("bias", bias)
+        return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -476,15 +485,32 @@ def weight_step(site: Site, rows: Tensor, finest: Tensor | None = None) -> Scala
     """
     grid = site.weight_grid
     assert grid is not None  # the planner gives one to every op that has parameters
+    per_channel = site.granularity == "channel"
+    finest = finest if finest is None or per_channel else finest.amax()
+    if site.learned_weight is not None:
+        step = _learned_step(site, site.learned_weight, rows)
+        if finest is not None:
+            step = torch.maximum(step, grid.step(finest * grid.qmax))
+        return step if per_channel or not can_read(step) else step.item()
     reach = site.weight_reach(rows)
-    if site.granularity != "channel":
+    if not per_channel:
         reach = reach[0]
-        finest = None if finest is None else finest.amax()
     if finest is not None:
         reach = torch.maximum(reach, finest * grid.qmax)
-    if reach.dim():
+    if per_channel:
         return grid.step(reach)
     return grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
+
+
+def _learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
+    """Return a learned step; the first training step with gradients takes it over."""
+    if not learned.started:
+        reach = site.weight_reach(rows)
+        if not (site.learning and torch.is_grad_enabled()):
+            return learned.step_of(reach)
+        learned.follow(reach)
+        learned.start()
+    return learned.step()
 
 
 def on_grid(
@@ -508,6 +534,31 @@ def on_grid(
     if clips:
         return fake_quantize(x, usable, *limits, rounding)
     return straight_through(fake_quantize(x.detach(), usable, *limits, rounding), x)
+
+
+def learned_on_grid(
+    x: Tensor,
+    step: Scalar,
+    limits: tuple[int, int],
+    rounding: str | Rounder,
+    learned: LearnedScale,
+    parameter: Tensor,
+) -> Tensor:
+    """Round a weight to its grid with gradients for it and for its learned range.
+
+    Args:
+        x: The weight.
+        step: Its step.
+        limits: Smallest and largest code.
+        rounding: How to round.
+        learned: The learned range.
+        parameter: Its parameter in a shape that broadcasts to the weight.
+    """
+    usable = readable(step, x)
+    rounded = fake_quantize(x.detach(), usable, *limits, rounding)
+    if not torch.is_grad_enabled():
+        return rounded
+    return learned.carry(rounded, x, usable, *limits, parameter)
 
 
 def minimum_step(site: Site, product: Scalar | None) -> Scalar | None:
@@ -563,6 +614,8 @@ def _is_valid(found: Prepared, site: Site, call: Any) -> bool:
 def _validity(site: Site, call: Any) -> tuple[Any, ...]:
     bn: Any = site.active_fold
     tensors = [None if site.weight_is_computed else call.weight, call.bias]
+    if site.learned_weight is not None:
+        tensors.append(site.learned_weight.value)
     if bn is not None:
         tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
     return (versions_of(tensors), site.switches.fuse, site.switches.normalize)

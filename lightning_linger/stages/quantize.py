@@ -11,13 +11,14 @@ from torch import nn
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, UnsupportedError
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Node, TensorSpec
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import Platform, rounding_of
 from lightning_linger.core.quantizer import Quantizer, Window
-from lightning_linger.core.ranges import RangeRule
+from lightning_linger.core.ranges import LearnedScale, RangeRule
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
@@ -141,14 +142,16 @@ class _Planner:
         self.instrumentation.noise = noise
         for site in noisy:
             site.__dict__["noise"] = noise
-            for quantizer in site.quantizers():
-                quantizer.__dict__["noise"] = noise
+            for module in site.modules():
+                if isinstance(module, Quantizer | GradientQuantizer):
+                    module.__dict__["noise"] = noise
 
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
-        site.weight_rule = None
+        site.weight_rule, site.learned_weight = None, None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
+        site.gradients = nn.ModuleDict()
         site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
 
@@ -211,7 +214,9 @@ class _Planner:
         site.config, site.platform, site.why_float = config, platform, None
         if site.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
-            site.weight_rule = RangeRule.parse(config.weight_range)
+            site.weight_rule = RangeRule.parse_weight(config.weight_range)
+            site.learned_weight = self._learned_weight(site, call)
+            self._add_parameter_gradients(site)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.output_scale == "inputs":
@@ -219,7 +224,7 @@ class _Planner:
         bits = config.output_bits
         if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
             known = site.op.output_range(call, config, platform)
-            site.output = self._quantizer(site.key, bits, config, platform, known)
+            site.output = self._quantizer(site, site.key, bits, known)
         return bits is not None and bits <= WIDEST_OPERAND
 
     def _obstacle(
@@ -301,30 +306,53 @@ class _Planner:
                 site.operand_bits[position] = bits
             plain = isinstance(operand, TensorSpec) and operand.value not in on_grid
             if plain and name not in site.inputs:
-                site.inputs[name] = self._quantizer(
-                    f"{site.key}:input{position}", bits, config, platform
-                )
+                site.inputs[name] = self._quantizer(site, f"{site.key}:input{position}", bits)
 
     def _add_parts(self, site: Site, call: Any, config: QuantConfig, platform: Platform) -> None:
         for name, part in site.op.parts(call, config, platform).items():
             bits = config.activation_bits if part.bits is None else part.bits
-            site.parts[name] = self._quantizer(
-                f"{site.key}:{name}", bits, config, platform, part.range
-            )
+            site.parts[name] = self._quantizer(site, f"{site.key}:{name}", bits, part.range)
 
     def _quantizer(
-        self,
-        name: str,
-        bits: int,
-        config: QuantConfig,
-        platform: Platform,
-        known_range: float | None = None,
+        self, site: Site, name: str, bits: int, known_range: float | None = None
     ) -> Quantizer:
-        grid = Grid(bits, config.scale or platform.scale, rounding_of(config, platform))
+        config, platform = site.config, site.platform
+        assert config is not None  # the plan has just set both
+        assert platform is not None
+        scale = config.scale or platform.scale
+        rounding = rounding_of(config, platform)
+        # A range that is known, like a sigmoid's, comes with the step of its function.
+        strict = config.strict_maximum and known_range is None
+        grid = Grid(bits, scale, rounding, strict=strict)
         kind = config.range if known_range is None else known_range
-        quantizer = Quantizer(name, grid, kind)
+        quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
+        quantizer.gradient = self._gradient(site, name)
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
+
+    def _gradient(self, site: Site, name: str) -> GradientQuantizer | None:
+        config, platform = site.config, site.platform
+        assert config is not None  # the plan has just set both
+        assert platform is not None
+        if config.gradient_bits is None:
+            return None
+        scale, rounding = config.scale or platform.scale, rounding_of(config, platform)
+        bits, range_ = config.gradient_bits, config.gradient_range
+        quantizer = GradientQuantizer(name, bits, scale, rounding, range_, site.switches)
+        return quantizer.train(self.model.training).to(self.device)
+
+    def _add_parameter_gradients(self, site: Site) -> None:
+        for name in ("weight", "bias"):
+            quantizer = self._gradient(site, f"{site.key}:{name}")
+            if quantizer is not None:
+                site.gradients[name] = quantizer
+
+    def _learned_weight(self, site: Site, call: Any) -> LearnedScale | None:
+        rule, grid = site.weight_rule, site.weight_grid
+        if rule is None or grid is None or rule.learned is None or not site.op.learns_weight_ranges:
+            return None
+        channels = site.op.weight_channels(call) if site.granularity == "channel" else None
+        return LearnedScale(rule.learned, grid, channels).to(self.device)
 
     # --- looking ahead ----------------------------------------------------------------------
 
@@ -366,7 +394,8 @@ def _weight_grid(config: QuantConfig, platform: Platform) -> Grid:
         config.weight_bits,
         config.scale or platform.scale,
         rounding_of(config, platform),
-        platform.narrow_weights,
+        platform.narrow_weights if config.narrow_weights is None else config.narrow_weights,
+        config.strict_maximum,
     )
 
 

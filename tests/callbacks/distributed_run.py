@@ -155,7 +155,7 @@ def estimators(_: Path) -> dict[str, Any]:
     """Ranges of batches that only one rank has, with and without values that are not finite."""
     me = dist.get_rank()
     found = {}
-    for kind in ("ema_absmax", "ema_minmax", "absmax", "minmax"):
+    for kind in ("ema_absmax", "minmax", "absmax", "mean_minmax", "ema_three_sigma", "50%", "kl"):
         estimator = RangeEstimator(kind, "site")
         batches = [
             torch.tensor([-1.0, 2.0 + 7 * me]),

@@ -82,6 +82,8 @@ def test_two_processes(tmp_path: Path) -> None:
     # -40 comes from rank 0 in a batch that is not finite on rank 1, so it is left out.
     assert first["estimators"]["minmax"] == [-12.0, 9.0, 2]
     assert first["estimators"]["absmax"] == [-12.0, 12.0, 2]
+    # The values that count are -1, 2, -1, 9 and -12, in bins of 18 / 2048.
+    assert first["estimators"]["50%"] == pytest.approx([-2.0, 2.0, 2], abs=0.02)
 
     whole = alone(tmp_path, [QuantizeCallback()])
     assert first["global batch"]["ranges"] == ranges(whole)

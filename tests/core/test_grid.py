@@ -41,10 +41,13 @@ def test_free_step_puts_the_top_code_on_the_range(bits: int, absmax: float) -> N
     assert step.item() == pytest.approx(absmax / (2 ** (bits - 1) - 1), rel=1e-6)
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["power_of_two", "free"])
 @given(bits=BITS, a=ABSMAX, b=ABSMAX)
-def test_a_wider_range_never_has_a_finer_step(kind: str, bits: int, a: float, b: float) -> None:
-    grid = Grid(bits, kind)
+def test_a_wider_range_never_has_a_finer_step(
+    kind: str, strict: bool, bits: int, a: float, b: float
+) -> None:
+    grid = Grid(bits, kind, strict=strict)
     low, high = sorted((a, b))
     assert grid.step(torch.tensor(low)) <= grid.step(torch.tensor(high))
 
@@ -85,3 +88,35 @@ def test_impossible_bits(bits: object) -> None:
 def test_unknown_names(field: str, found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         Grid(**{field: found})
+
+
+@given(bits=st.integers(2, 24), absmax=ABSMAX)
+def test_nics12_a_strict_step_is_the_smallest_that_keeps_the_end(bits: int, absmax: float) -> None:
+    grid = Grid(bits, strict=True, exponents=(-100, 100))
+    step = grid.step(torch.tensor(absmax)).item()
+    assert step == grid.step_value(absmax)
+    assert absmax <= grid.qmax * step
+    assert absmax > grid.qmax * step / 2
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_nics12_both_conventions_at_a_power_of_two(bits: int) -> None:
+    assert Grid(bits).step_value(1.0) == 2.0 ** (1 - bits)
+    assert Grid(bits, strict=True).step_value(1.0) == 2.0 ** (2 - bits)
+    assert Grid(bits, closed=True, strict=True).step_value(1.0) == 2.0 ** (1 - bits)
+
+
+def test_nics13_a_closed_grid_reaches_both_ends() -> None:
+    grid = Grid(4, "free", "half_even", closed=True)
+    assert (grid.qmin, grid.qmax) == (-8, 8)
+    step = grid.step_value(0.52)
+    assert step == pytest.approx(0.065)
+    codes = torch.round(torch.tensor([0.2513, -0.52, 0.0]) / step)
+    assert codes.tolist() == [4.0, -8.0, 0.0]
+
+
+@pytest.mark.parametrize("exponent", range(-40, 41))
+def test_nics6_wider_exponents(exponent: int) -> None:
+    grid = Grid(8, closed=True, exponents=(-60, 60))
+    assert grid.step_value(2.0**exponent) == 2.0 ** (exponent - 7)
+    assert grid.step(torch.tensor(2.0**exponent)).item() == 2.0 ** (exponent - 7)

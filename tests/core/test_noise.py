@@ -50,6 +50,15 @@ def test_numbers_depend_on_seed_forward_and_place_and_on_nothing_else() -> None:
     assert ((first >= 0) & (first < 1)).all()
 
 
+def test_processes_share_the_numbers_of_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, like = Noise(3), torch.empty(50)
+    here = noise.uniform("a", like), noise.uniform("a", like, shared=True)
+    monkeypatch.setattr("lightning_linger.core.noise.rank", lambda: 1)
+    there = noise.uniform("a", like), noise.uniform("a", like, shared=True)
+    assert not torch.equal(here[0], there[0])
+    assert torch.equal(here[1], there[1])
+
+
 def test_state_continues_where_it_was_saved() -> None:
     noise = Noise(3)
     for _ in range(5):

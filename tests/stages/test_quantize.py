@@ -394,3 +394,26 @@ def test_constant_and_zero_models(config: QuantConfig) -> None:
     trained(model, x, config=config)
     assert_integer_exact(model, x)
     assert_integer_exact(model, torch.randn(4, 3, 6, 6))
+
+
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+def test_narrow_weights_and_strict_maxima(platform: str) -> None:
+    x = torch.full((4, 3), 1.0)
+    for narrow in (True, False):
+        model = Chain(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
+        with torch.no_grad():
+            model.net[0].weight.fill_(-1.0)
+        config = QuantConfig(
+            platform=platform, narrow_weights=narrow, strict_maximum=True, weight_bits=4
+        )
+        trained(model, x, config=config)
+        site = site_of(model, "net.0/linear/0")
+        assert site.weight_grid.qmin == (-7 if narrow else -8)
+        with torch.no_grad():
+            model(x)
+        # The ends of both ranges are kept: -1 for the weight, 1 for the input.
+        strict = platform == "venusa"
+        assert site.prepared["weights"].steps[0] == pytest.approx(1 / 4 if strict else 1 / 7)
+        assert site.inputs["0"].step() == pytest.approx(2**-6 if strict else 1 / 127)
+        if strict:
+            assert_integer_exact(model, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.distributed import is_distributed, max_over_ranks
+from lightning_linger.core.distributed import is_distributed, max_over_ranks, sum_over_ranks
 from lightning_linger.core.errors import QuantizationWarning
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.ranges.histogram import BINS, Histogram
@@ -23,9 +23,9 @@ class RangeEstimator(nn.Module):
     """Tracks the range of a tensor over training steps.
 
     The moving average starts from the first batch, never from zero: no warm-up is needed. In a
-    distributed run a batch is that of all processes together, and every one of them has the same
-    range: that of a single process where it follows from extremes or from a histogram; other
-    statistics are taken on each process, and the largest counts.
+    distributed run a batch is that of all processes together, so that every one of them has the
+    same range: extremes and histograms are those of the whole batch, of other statistics the
+    widest range of a process counts.
 
     Args:
         kind: A name that :meth:`RangeRule.parse` reads; a positive number is a fixed absolute
@@ -115,7 +115,7 @@ class RangeEstimator(nn.Module):
     def _observe_values(self, x: Tensor, batch: Tensor, low: float, high: float) -> None:
         """Move the range with the values at hand: few operations, and a warning if needed."""
         lowest, highest = batch.tolist()
-        if highest < lowest:
+        if lowest > highest:  # no process has a value
             return
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             warnings.warn(
@@ -131,7 +131,7 @@ class RangeEstimator(nn.Module):
                 lowest = -highest
             batch = torch.tensor([lowest, highest], dtype=self.range.dtype)
         else:
-            batch = self._measured(x, low, high)
+            batch = self._measured(x, batch, low, high)
         self._move(batch)
 
     def _move(self, batch: Tensor) -> None:
@@ -157,7 +157,7 @@ class RangeEstimator(nn.Module):
                 extreme = torch.maximum(-batch[0], batch[1])
                 batch = torch.stack([-extreme, extreme])
         else:
-            batch = self._measured(torch.where(finite, x, 0.0), low, high, finite)
+            batch = self._measured(torch.where(finite, x, 0.0), batch, low, high, finite)
         accumulation = self.rule.accumulation
         if accumulation == "last" or self.rule.pools:
             moved = batch
@@ -174,31 +174,40 @@ class RangeEstimator(nn.Module):
         self.batches.add_(finite.to(self.batches.dtype))
         self._known = True
 
-    def _measured(self, x: Tensor, low: float, high: float, finite: Tensor | None = None) -> Tensor:
+    def _measured(
+        self,
+        x: Tensor,
+        extremes: Tensor,
+        low: float,
+        high: float,
+        finite: Tensor | None = None,
+    ) -> Tensor:
         """Return the range that a batch, or all batches up to it, asks for."""
         statistic = self.rule.statistic
         assert statistic is not None  # a fixed range observes nothing
         values = x.detach().reshape(1, -1).float()
         if low > -math.inf or high < math.inf:
             values = values.clamp(low, high)
-        counts = None
         if self.rule.pools:
-            now = Histogram(self.counts, self.top)
-            grown = now.with_values(values, of_all_ranks=True)
-            if finite is not None:
-                grown = Histogram(
-                    torch.where(finite, grown.counts, now.counts),
-                    torch.where(finite, grown.top, now.top),
-                )
-            self.counts.copy_(grown.counts)
-            self.top.copy_(grown.top)
-            values, counts = grown.centres()[None], grown.counts[None]
-        if values.numel() == 0:
-            half = self.range.new_zeros(())
+            largest = extremes.clamp(low, high).abs().amax()
+            grown = self._pooled(values, largest, finite)
+            half = statistic.measure(grown.centres()[None], grown.counts[None], self.grid)[0]
         else:
-            half = statistic.measure(values, counts, self.grid)[0]
-        half = max_over_ranks(half)
+            empty = values.new_zeros(1, dtype=torch.float32)
+            measured = statistic.measure(values, None, self.grid) if values.numel() else empty
+            half = max_over_ranks(measured)[0]
         return torch.stack([-half, half])
+
+    def _pooled(self, values: Tensor, largest: Tensor, finite: Tensor | None) -> Histogram:
+        """Add a batch to the histogram, unless it is not finite, and return it."""
+        before = Histogram(self.counts, self.top)
+        grown = before.grown_to(largest if finite is None else torch.where(finite, largest, 0.0))
+        added = sum_over_ranks(grown.binned(values))
+        if finite is not None:
+            added = torch.where(finite, added, 0)
+        self.counts.copy_(grown.counts + added)
+        self.top.copy_(grown.top)
+        return Histogram(self.counts, self.top)
 
     def extra_repr(self) -> str:
         """Show the kind and the range."""

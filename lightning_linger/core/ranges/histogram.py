@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_linger.core.distributed import max_over_ranks, sum_over_ranks
-
 BINS = 2048
 
 
@@ -30,29 +28,24 @@ class Histogram:
         empty = torch.zeros(BINS, dtype=torch.int64, device=values.device)
         return Histogram(empty, values.new_zeros((), dtype=torch.float32)).with_values(values)
 
-    def with_values(self, values: Tensor, of_all_ranks: bool = False) -> Histogram:
-        """Return the histogram with more values in it.
+    def with_values(self, values: Tensor) -> Histogram:
+        """Return the histogram with more values in it."""
+        grown = self.grown_to(values.detach().abs().float().max())
+        return Histogram(grown.counts + grown.binned(values), grown.top)
 
-        The range doubles until it holds them; then neighbouring bins are merged, so every count
-        stays exact.
-
-        Args:
-            values: The values, any shape.
-            of_all_ranks: Whether each process of a distributed run has values of its own, which
-                count on all of them.
-        """
+    def binned(self, values: Tensor) -> Tensor:
+        """Return how many of some values, which lie in the range, fall into each bin."""
         magnitudes = values.detach().abs().float().flatten()
-        largest = magnitudes.max() if len(magnitudes) else magnitudes.new_zeros(())
-        grown = self.grown_to(max_over_ranks(largest) if of_all_ranks else largest)
-        width = torch.where(grown.top > 0, grown.top, 1.0)
+        width = torch.where(self.top > 0, self.top, 1.0)
         bins = (magnitudes / width * BINS).long().clamp_(max=BINS - 1)
-        added = torch.zeros_like(grown.counts).scatter_add(0, bins, torch.ones_like(bins))
-        if of_all_ranks:
-            added = sum_over_ranks(added)
-        return Histogram(grown.counts + added, grown.top)
+        return torch.zeros_like(self.counts).scatter_add(0, bins, torch.ones_like(bins))
 
     def grown_to(self, largest: Tensor) -> Histogram:
-        """Return the histogram with a range that holds ``largest``."""
+        """Return the histogram with a range that holds ``largest``.
+
+        The range doubles until it does; then neighbouring bins are merged, so every count stays
+        exact.
+        """
         ratio = torch.where(self.top > 0, largest / self.top, torch.ones_like(largest))
         doublings = torch.ceil(torch.log2(ratio.clamp(min=1.0)))
         # The logarithm of a ratio just above a power of two may be rounded down to it.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.ranges.learned import LEARNED
 from lightning_linger.core.ranges.statistics import STATISTICS, Statistic, percentile_statistic
 
 Accumulation = Literal["all", "ema", "mean", "last"]
@@ -34,12 +35,14 @@ class RangeRule:
         statistic: What a batch asks for; None for a fixed range.
         accumulation: How batches come together.
         fixed: The half-range of a fixed range.
+        learned: How the range is learned behind its first value, a name of ``LEARNED``.
     """
 
     name: str | float
     statistic: Statistic | None
     accumulation: Accumulation = "all"
     fixed: float | None = None
+    learned: str | None = None
 
     @staticmethod
     def parse(spec: str | float, what: str = "`range`") -> RangeRule:
@@ -57,6 +60,8 @@ class RangeRule:
             if 0 < spec < math.inf:
                 return RangeRule(spec, None, fixed=float(spec))
             raise ConfigError(_message(what, spec))
+        if isinstance(spec, str) and spec in LEARNED:
+            return replace(RangeRule.parse(LEARNED[spec].start), name=spec, learned=spec)
         found = _PREFIXED.fullmatch(spec) if isinstance(spec, str) else None
         if found is None:
             raise ConfigError(_message(what, spec))
@@ -67,6 +72,25 @@ class RangeRule:
         if found[2] not in STATISTICS:
             raise ConfigError(_message(what, spec))
         return RangeRule(spec, STATISTICS[found[2]], accumulation)
+
+    @staticmethod
+    def parse_weight(spec: str | float) -> RangeRule:
+        """Read the rule of a weight, which is seen whole: without an accumulation.
+
+        Raises:
+            ConfigError: If there is no such estimator for weights.
+        """
+        rule = RangeRule.parse(spec, "`weight_range`")
+        if rule.learned is not None:
+            start = LEARNED[rule.learned].weight_start
+            if start is None:
+                msg = f"`weight_range`: {spec!r} is for activations; 'lsq' and 'tqt' are for both."
+                raise ConfigError(msg)
+            return replace(RangeRule.parse(start), name=spec, learned=rule.learned)
+        if rule.accumulation != "all":
+            msg = f"`weight_range` sees one weight, not batches: drop the prefix. Found: {spec!r}."
+            raise ConfigError(msg)
+        return rule
 
     @property
     def pools(self) -> bool:
@@ -81,6 +105,7 @@ class RangeRule:
 
 def _message(what: str, found: object) -> str:
     return (
-        f"{what} must be a positive number, a percentile like '99.9%', or one of {RANGE_NAMES}; "
-        f"'ema_', 'mean_' or 'last_' in front say how batches come together. Found: {found!r}."
+        f"{what} must be a positive number, a percentile like '99.9%', or one of {RANGE_NAMES}, "
+        "where 'ema_', 'mean_' or 'last_' in front say how batches come together, or learned: "
+        f"{tuple(LEARNED)}. Found: {found!r}."
     )

@@ -51,6 +51,7 @@ class RecurrentOp(Op):
     needs_quantized_operand = False
     has_parameters = True
     takes_window = False
+    learns_ranges = False
     exact_with_free_scales = True
 
     def __init__(self, kind: str) -> None:

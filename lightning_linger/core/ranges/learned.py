@@ -1,0 +1,267 @@
+"""Ranges that are learned by gradient: LSQ, TQT, PACT.
+
+Every kind has one parameter per scale. The forward is the integer grid's own, at the step that the
+parameter stands for; only the gradient differs. ``v = x / step`` is the value in codes, ``q`` its
+code, ``low`` and ``high`` the end codes and ``g`` the incoming gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.fake_quantize import Bound, Scalar
+from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid
+
+# What a step may not fall below, whatever an optimizer does.
+SMALLEST_STEP = 2.0**MIN_EXPONENT
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The derivatives of a rounded value.
+
+    Args:
+        value: With respect to the value itself: 1 where it is not clipped (a mask).
+        parameter: With respect to the parameter, of the shape of the value.
+    """
+
+    value: Tensor
+    parameter: Tensor
+
+
+@dataclass(frozen=True)
+class LearnedKind:
+    """One way to learn a range.
+
+    Args:
+        start: Estimator of the first value for activations.
+        weight_start: Estimator of the first value for weights; None where the kind is not for them.
+        parameter: Returns the parameter of a half-range.
+        step: Returns the step of a parameter.
+        slopes: ``slopes(v, q, step, low, high)`` returns the derivatives.
+        about: What the parameter is, for the documentation.
+        normalized: Whether the parameter's gradient is divided by ``sqrt(N * qmax)``, N being the
+            number of values that share it (LSQ, section 2.2).
+    """
+
+    start: str
+    weight_start: str | None
+    parameter: Callable[[Tensor, Grid], Tensor]
+    step: Callable[[Tensor, Grid], Tensor]
+    slopes: Callable[[Tensor, Tensor, Any, Any, Any], Slopes]
+    about: str
+    normalized: bool = False
+
+
+def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
+    return half / grid.qmax
+
+
+def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
+    step = parameter.clamp(min=SMALLEST_STEP)
+    return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
+
+
+def _lsq_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
+    """LSQ, equation 3; its clipped values begin at the end codes themselves."""
+    below, above = v <= low, v >= high
+    slope = torch.where(below, low, torch.where(above, high, q - v))
+    return Slopes(~(below | above), slope)
+
+
+def _tqt_parameter(half: Tensor, grid: Grid) -> Tensor:
+    return torch.log2(half)
+
+
+def _tqt_step(parameter: Tensor, grid: Grid) -> Tensor:
+    return _power_of_two(torch.ceil(parameter) - (grid.bits - 1))
+
+
+def _tqt_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
+    """TQT, equations 6 to 8, with respect to log2 of the threshold."""
+    below, above = v < low - 0.5, v >= high + 0.5
+    slope = torch.where(below, low, torch.where(above, high, q - v))
+    return Slopes(~(below | above), slope * (step * math.log(2.0)))
+
+
+def _pact_parameter(half: Tensor, grid: Grid) -> Tensor:
+    return half
+
+
+def _pact_step(parameter: Tensor, grid: Grid) -> Tensor:
+    return grid.step(parameter.clamp(min=SMALLEST_STEP * grid.qmax))
+
+
+def _pact_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
+    """PACT, equation 3, on both sides of a signed grid."""
+    below, above = v <= low, v >= high
+    negative = torch.as_tensor(low, device=v.device) < 0
+    slope = above.to(v.dtype) - (below & negative).to(v.dtype)
+    return Slopes(~(below | above), slope)
+
+
+LEARNED: dict[str, LearnedKind] = {
+    "lsq": LearnedKind(
+        "ema_lsq_start", "lsq_start", _lsq_parameter, _lsq_step, _lsq_slopes, "the step", True
+    ),
+    "tqt": LearnedKind(
+        "ema_absmax",
+        "three_sigma",
+        _tqt_parameter,
+        _tqt_step,
+        _tqt_slopes,
+        "log2 of the threshold; the step is a power of two",
+    ),
+    "pact": LearnedKind(
+        "ema_absmax", None, _pact_parameter, _pact_step, _pact_slopes, "the clipping value"
+    ),
+}
+
+
+class LearnedScale(nn.Module):
+    """A learned range of one tensor.
+
+    The parameter is there from set-up, so that the user's optimizer has it, and has no gradient
+    before the tensor is quantized: optimizers skip what has none, weight decay included. Until the
+    first training step with gradients it follows the estimator.
+
+    Args:
+        kind: A name of ``LEARNED``.
+        grid: The grid.
+        channels: How many scales there are; None for a single one.
+
+    Attributes:
+        value: float32, 0-dim or ``[channels]``.
+        started: Whether gradients have taken over from the estimator.
+    """
+
+    begun: Tensor
+
+    def __init__(self, kind: str, grid: Grid, channels: int | None = None) -> None:
+        super().__init__()
+        self.name = kind
+        self.kind = LEARNED[kind]
+        self.grid = grid
+        self.value = nn.Parameter(torch.ones(() if channels is None else channels))
+        self.register_buffer("begun", torch.tensor(False))
+        self.started = False
+
+    @torch.no_grad()
+    def follow(self, half_range: Tensor) -> None:
+        """Take the value of a half-range; where gradients are on, they take over from here."""
+        self.value.copy_(self._parameter(half_range))
+
+    def start(self) -> None:
+        """Let gradients take over."""
+        self.started = True
+        self.begun.fill_(True)
+
+    def _parameter(self, half_range: Tensor) -> Tensor:
+        half_range = torch.where(half_range > 0, half_range, 1.0).reshape(self.value.shape)
+        return self.kind.parameter(half_range, self.grid)
+
+    def step_of(self, half_range: Tensor) -> Tensor:
+        """Return the step that a half-range stands for, of the shape of the parameter."""
+        return self.kind.step(self._parameter(half_range), self.grid)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Return the step, of the shape of the parameter."""
+        return self.kind.step(self.value, self.grid)
+
+    def carry(
+        self,
+        rounded: Tensor,
+        real: Tensor,
+        step: Scalar,
+        low: Bound,
+        high: Bound,
+        parameter: Tensor | None = None,
+    ) -> Tensor:
+        """Return rounded values with the gradients of rounding, for values and parameter.
+
+        Where the platform had to take a coarser step than the parameter asks for, a gradient that
+        asks for a finer one still is dropped.
+
+        Args:
+            rounded: ``step * q``.
+            real: What was rounded.
+            step: The step in use, which broadcasts to ``real``.
+            low: Smallest code.
+            high: Largest code.
+            parameter: The parameter in a shape that broadcasts to ``real``, if it has several
+                values.
+        """
+        parameter = self.value if parameter is None else parameter
+        own = self.kind.step(parameter.detach(), self.grid)
+        coarser = torch.as_tensor(step, device=own.device) > own * (1 + 1e-6)
+        scale = 1.0
+        if self.kind.normalized:
+            shared = real.numel() / self.value.numel()
+            scale = 1.0 / math.sqrt(max(shared, 1.0) * self.grid.qmax)
+        out: Tensor = _Carry.apply(  # type: ignore[no-untyped-call]
+            real, parameter, rounded.detach(), step, low, high, coarser, scale, self.name
+        )
+        return out
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LearnedScale:
+        """Follow the model to its device, but stay float32 like every range."""
+        before = self.value.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.value.data = before.to(self.value.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.started = bool(self.begun.item())
+
+    def extra_repr(self) -> str:
+        """Show the kind and whether gradients have taken over."""
+        return f"{self.name}, started={self.started}"
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        real: Tensor,
+        parameter: Tensor,
+        rounded: Tensor,
+        step: Scalar,
+        low: Bound,
+        high: Bound,
+        coarser: Tensor,
+        scale: float,
+        kind: str,
+    ) -> Tensor:
+        numbers = [
+            torch.as_tensor(number, dtype=real.dtype, device=real.device)
+            for number in (step, low, high)
+        ]
+        ctx.save_for_backward(real, rounded, coarser, *numbers)
+        ctx.shape, ctx.scale, ctx.kind = parameter.shape, scale, kind
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        real, rounded, coarser, step, low, high = ctx.saved_tensors
+        slopes = LEARNED[ctx.kind].slopes(real / step, rounded / step, step, low, high)
+        grad = grads[0]
+        total = (grad * slopes.parameter).float().sum_to_size(ctx.shape) * ctx.scale
+        total = torch.where(coarser, total.clamp(max=0.0), total)
+        return grad * slopes.value, total, None, None, None, None, None, None, None
+
+
+def _shifts(grid: Grid) -> bool:
+    return grid.scale_kind == "power_of_two"
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    exponent = exponent.clamp(MIN_EXPONENT, MAX_EXPONENT).to(torch.int32)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
