@@ -97,7 +97,7 @@ class QuantizeCallback(StageCallback):
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         allow_changes: bool = False,
     ) -> None:
-        super().__init__(at_epoch, at_step, when, end_epoch)
+        super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
         self.freeze: Schedule | None = None
         if freeze_at_epoch is not None or freeze_at_step is not None:
             self.freeze = Schedule(freeze_at_epoch, freeze_at_step)

@@ -403,27 +403,6 @@ class Site(nn.Module):
         return rule.statistic.measure(rows, None, grid)
 
     @property
-    def clips_weights(self) -> bool:
-        """Whether weights may lie beyond their range."""
-        return self.weight_rule is not None and self.weight_rule.clips
-
-    def weight_reach(self, rows: Tensor) -> Tensor:
-        """Return the half-range of a weight by the site's estimator.
-
-        Args:
-            rows: Detached, ``[R, N]``: a row for each scale.
-
-        Returns:
-            float32 ``[R]``.
-        """
-        rule, grid = self.weight_rule, self.weight_grid
-        assert rule is not None  # the planner gives both to every op that has parameters
-        assert grid is not None
-        if rule.statistic is None:
-            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
-        return rule.statistic.measure(rows, None, grid)
-
-    @property
     def weight_bits(self) -> int:
         """Width of the weight."""
         return self.weight_grid.bits if self.weight_grid else 8
