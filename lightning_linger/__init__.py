@@ -29,6 +29,7 @@ from lightning_linger.stages.checkpoints import load_checkpoint
 from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
 from lightning_linger.stages.learned import learned_ranges, parameter_groups
+from lightning_linger.stages.mixin import LingerMixin
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import quantize
