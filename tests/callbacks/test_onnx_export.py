@@ -15,7 +15,9 @@ from tests.callbacks.boring import Classifier, fitted, loader, trainer
 
 
 @pytest.mark.parametrize(
-    ("dialect", "platform"), [("linger", "venusa"), ("qdq", "onnxruntime")], ids=["linger", "qdq"]
+    ("dialect", "platform"),
+    [("linger", "venusa"), ("linger1", "arcs"), ("qdq", "onnxruntime")],
+    ids=["linger", "linger1", "qdq"],
 )
 def test_the_file_at_the_end_of_fit_computes_the_integer_forward(
     tmp_path: Path, dialect: str, platform: str

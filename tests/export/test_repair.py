@@ -192,6 +192,18 @@ def test_one_quant_serves_all_that_read_at_its_scale():
     assert found == ["Quant", "iqAdd", "iqMul", "Quant", "iqAdd"]
 
 
+def test_what_nobody_reads_is_taken_out():
+    nodes = [
+        node("iqAdd", ["x", "x"], ["y"], **ADD),
+        node("Quant", ["z"], ["q"], **IN),
+        node("Dequant", ["q"], ["r"], scale_o=32.0),
+        node("Relu", ["z"], ["w"]),
+    ]
+    found, repaired = repaired_ops(nodes, "xz", "yw", x=INT8, y=INT8)
+    assert found == ["iqAdd", "Relu"]
+    assert repaired.changes == ["removed Dequant `Dequant_r`", "removed Quant `Quant_q`"]
+
+
 @pytest.mark.parametrize(
     ("move", "constants"),
     [
