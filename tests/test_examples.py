@@ -90,10 +90,63 @@ def test_an_example_end_to_end(
         assert len(list(tmp_path.rglob(f"*.{platform}.{suffix}"))) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+def test_resnet_walks_through_the_five_stages(
+    examples: Examples, platform: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = examples.resnet.main
+    result = main(tmp_path, 4, platform, limit=64, width=4, packer=tmp_path / "tpacker")
+    assert set(ACCURACIES) <= set(result)
+    assert result["integer_vs_exported"] == 0
+    assert result["verified"] == 1.0
+    printed = capsys.readouterr().out
+    assert f"{platform}: can be deployed" in printed or "Nothing stands against" in printed
+    assert "There is no packer" in printed
+    assert "equal, 640 output elements in 64 batches" in printed.replace("\n", " ")
+
+
+def cifar_folder(folder: Path, images: int) -> np.ndarray:
+    """Write files of the binary layout, and return their records."""
+    rng = np.random.default_rng(0)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    records = rng.integers(0, 256, (len(names), images, 3073)).astype(np.uint8)
+    records[:, :, 0] %= 10
+    for name, part in zip(names, records, strict=True):
+        part.tofile(folder / name)
+    return records
+
+
+def test_cifar_is_read_from_its_binary_version(examples: Examples, tmp_path: Path) -> None:
+    records = cifar_folder(tmp_path, images=3)
+    data = examples.resnet.cifar_data(tmp_path)
+    images, labels = data.train.tensors
+    assert images.shape == (15, 3, 32, 32)
+    assert labels.tolist() == records[:5, :, 0].reshape(-1).tolist()
+    pixel = records[1, 2, 1 + 1024 + 32 * 4 + 7] / 255.0 - 0.5
+    assert images[5, 1, 4, 7].item() == pytest.approx(pixel, abs=1e-6)
+    assert data.test.tensors[1].tolist() == records[5, :, 0].tolist()
+    (tmp_path / "data_batch_3.bin").write_bytes(b"\0" * 3074)
+    with pytest.raises(SystemExit, match=r"data_batch_3\.bin is no file of CIFAR-10"):
+        examples.resnet.cifar_data(tmp_path)
+    (tmp_path / "test_batch.bin").unlink()
+    with pytest.raises(SystemExit, match=r"lacks test_batch\.bin.*binary version.*pickles"):
+        examples.resnet.cifar_data(tmp_path)
+
+
+def test_enlarged_digits_have_the_shape_of_the_resnet(examples: Examples) -> None:
+    model, data = examples.resnet.ResNet(width=4), examples.resnet.digits_data(limit=3)
+    images, _ = data.train.tensors
+    assert images.shape == (3, *model.example_input_array.shape[1:])
+    assert model.eval()(images).shape == (3, 10)
+
+
 @pytest.mark.parametrize(
     ("example", "model"),
     [
         ("digits", "Digits"),
+        ("resnet", "ResNet"),
         ("kws", "DSCNN"),
         ("kws", "GRU"),
         ("sequence", "RowReader"),

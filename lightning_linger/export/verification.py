@@ -143,6 +143,12 @@ def verify(
             f"{inputs.names}. Pass the model that the file was made of."
         )
         raise ConfigError(msg)
+    if _metadata(proto, "inputs") or _metadata(proto, "outputs"):
+        msg = (
+            f"{str(source)!r} takes or gives codes, the model real values. Verify a file that was "
+            "exported without `integer_inputs` and `integer_outputs`."
+        )
+        raise ConfigError(msg)
     if not instrumentation_of(model).switches.quantize:
         msg = "the quantize stage is off: there are no integers to compare the file with."
         raise NotReadyError(msg)
@@ -151,7 +157,8 @@ def verify(
     with no_trace(model):
         model.eval()
         for batch in batches(proto.graph, data):
-            arrays = [batch[name] for name in names]
+            pairs = zip(names, inputs.tensors, strict=True)
+            arrays = [batch[name].astype(_dtype_of(x), copy=False) for name, x in pairs]
             _compare(verdict, run(arrays), _integers(model, inputs, arrays))
             if not verdict.equal and verdict.first is None:
                 verdict.first = _locate(model, inputs, proto, arrays, verdict)
@@ -219,6 +226,10 @@ def _integers(model: nn.Module, inputs: Inputs, arrays: Sequence[Array]) -> list
     with integer(model):
         leaves = tree_leaves(model(*bound.args, **bound.kwargs))
     return [x.cpu().numpy() for x in leaves if isinstance(x, Tensor)]
+
+
+def _dtype_of(x: Tensor) -> np.dtype[Any]:
+    return torch.empty(0, dtype=x.dtype).numpy().dtype
 
 
 def _tensors(inputs: Inputs, arrays: Sequence[Array]) -> list[Tensor]:

@@ -172,6 +172,23 @@ def test_several_axes_may_be_open(tmp_path: Path) -> None:
         assert_equal(path, "qdq", model, torch.randn(batch, length, 8))
 
 
+def shifted(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    return m.out(y[:, 1:]).transpose(0, 1)
+
+
+def test_slices_to_the_end_and_moved_axes_stay_open(tmp_path: Path) -> None:
+    # One sample: a transpose of it could be written as a reshape.
+    x = torch.randn(1, 5, 6)
+    layers = {"fc": nn.Linear(6, 4), "out": nn.Linear(4, 3)}
+    model = quantized(Lambda(shifted, **layers), torch.randn(4, 5, 6), platform="venusa")
+    axes = {"input_0": {0: "batch", 1: "time"}}
+    path = linger.export_onnx(model, (x,), tmp_path / "m.onnx", "linger", dynamic_axes=axes)
+    assert dims(onnx.load(path).graph.output[0]) == [0, "batch", 3]
+    for batch, length in ((1, 5), (3, 9)):
+        assert_equal(path, "linger", model, torch.randn(batch, length, 6))
+
+
 def test_an_axis_of_several_inputs_is_one(tmp_path: Path) -> None:
     a, b = torch.randn(2, 6), torch.randn(2, 4)
     model = quantized(TwoWay(), a, {"b": b})
@@ -212,7 +229,7 @@ def unrolled(m: Any, x: Tensor) -> Tensor:
 
 def both(m: Any, x: Tensor) -> Tensor:
     y = m.fc(x)
-    return y.reshape(2, x.shape[0] // 2, x.shape[1] // 2, -1)
+    return y.reshape(2, x.shape[0] // 2, x.shape[1] // 2, 10)
 
 
 NOT_OPEN: dict[str, tuple[Callable[..., Tensor], dict[int, str], str]] = {

@@ -159,6 +159,19 @@ def test_open_batches_take_what_there_is(tmp_path: Path) -> None:
     assert verify(model, path, samples(40), (x,)).batches == 2
 
 
+def test_data_take_the_type_of_the_input(exported: tuple[str, nn.Module, Path]) -> None:
+    _, model, path = exported
+    wide = {"x": samples(4)["x"].astype(np.float64)}
+    assert verify(model, path, wide, (images(),)).equal
+
+
+def test_a_file_of_codes_is_refused(tmp_path: Path) -> None:
+    model = trained(ResNet(), images())
+    path = linger.export_onnx(model, (images(),), tmp_path / "m.onnx", integer_inputs=True)
+    with pytest.raises(linger.ConfigError, match=r"takes or gives codes.*without"):
+        verify(model, path, samples(4), (images(),))
+
+
 WRONG: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "another shape": (
         {"x": np.zeros((4, 3, 9, 9), np.float32)},
