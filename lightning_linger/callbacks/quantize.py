@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.schedule import Condition
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
-from lightning_linger.core.errors import QuantizationWarning
+from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
@@ -30,6 +31,7 @@ class QuantizeCallback(StageCallback):
         at_step: First step, instead.
         when: A condition, instead.
         end_epoch: First epoch with quantization off again.
+        freeze_at_epoch: From this epoch on no range moves any more, nor a dynamic limit.
         platform: Name of the target.
         weight_bits: Width of weights.
         activation_bits: Width of inputs.
@@ -62,6 +64,7 @@ class QuantizeCallback(StageCallback):
         at_step: int | None = None,
         when: Condition | None = None,
         end_epoch: int | None = None,
+        freeze_at_epoch: int | None = None,
         platform: str = "venusa",
         weight_bits: int = 8,
         activation_bits: int = 8,
@@ -84,6 +87,13 @@ class QuantizeCallback(StageCallback):
         allow_changes: bool = False,
     ) -> None:
         super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
+        self.freeze_at_epoch = freeze_at_epoch
+        if freeze_at_epoch is not None and freeze_at_epoch <= (at_epoch or 0):
+            msg = (
+                f"`freeze_at_epoch` ({freeze_at_epoch}) must come after `at_epoch` "
+                f"({at_epoch or 0}): no range would be seen before it stands still."
+            )
+            raise ConfigError(msg)
         self.config = QuantConfig(
             platform=platform_of(platform).name,
             weight_bits=weight_bits,
@@ -127,6 +137,14 @@ class QuantizeCallback(StageCallback):
     def switch(self, module: Any, on: bool) -> None:
         """Switch quantization."""
         switch_quantize(module, on)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Switch, and stop the ranges when their epoch has come."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.freeze_at_epoch is not None:
+            switches = instrumentation_of(pl_module).switches
+            switches.frozen = trainer.current_epoch >= self.freeze_at_epoch
+            follow_in_average(trainer, pl_module)
 
     def describe(self) -> dict[str, Any]:
         """Return what the plan depends on."""

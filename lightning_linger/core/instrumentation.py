@@ -320,6 +320,7 @@ class Instrumentation(nn.Module):
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
+            "frozen": self.switches.frozen,
             "quantizers": self._quantizer_names(),
             "plans": self.plans,
             "marks": self.marks,
@@ -338,6 +339,7 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
+        switches.frozen = recipe.get("frozen", False)
         self.thaw()
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Switches:
         quantize: Whether quantizers act.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
+        frozen: Whether ranges, and dynamic limits, stand still for the rest of the run.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -65,12 +66,13 @@ class Switches:
     quantize: bool = False
     system: str = "fake"
     observing: bool = True
+    frozen: bool = False
     recomputing: bool = False
 
     @property
     def learning(self) -> bool:
         """Whether a forward in training mode moves ranges now."""
-        return self.observing and not self.recomputing
+        return self.observing and not self.frozen and not self.recomputing
 
     @property
     def any_stage(self) -> bool:
