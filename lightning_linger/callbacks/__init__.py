@@ -1,5 +1,6 @@
 """The Lightning face of the library: thin callbacks, each a schedule over a stage."""
 
+from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.conditions import OnPlateau
 from lightning_linger.callbacks.dump import DumpCallback
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
@@ -14,6 +15,7 @@ from lightning_linger.callbacks.stage_checkpoint import StageModelCheckpoint
 from lightning_linger.callbacks.stage_switch import StageSwitchCallback
 
 __all__ = [
+    "CalibrateCallback",
     "DumpCallback",
     "FuseBNCallback",
     "HardwareCheckCallback",

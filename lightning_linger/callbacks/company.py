@@ -10,13 +10,13 @@ from lightning_linger.core.errors import QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 
 
-def check_company(trainer: Any, first_stage: Any, last_start: int | None) -> None:
+def check_company(trainer: Any, first_stage: Any, last_start: int) -> None:
     """Refuse or warn about callbacks that do not go together with stages.
 
     Args:
         trainer: Whose callbacks are checked.
         first_stage: The first stage callback in the list.
-        last_start: Epoch at which the last stage starts, if it is known.
+        last_start: Epoch at which the last stage starts.
 
     Raises:
         MisconfigurationException: With the reason and what to do.

@@ -11,7 +11,7 @@ from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.company import check_company, follow_in_average
 from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.order import check_order, check_order_in_steps, ordered
-from lightning_linger.callbacks.schedule import Condition, Schedule
+from lightning_linger.callbacks.schedule import NEVER, Condition, Schedule
 from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import changes, plain_data
@@ -154,7 +154,8 @@ def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     refuse_unsupported_strategy(trainer, module)
     in_order = ordered(stages)
     check_order(in_order)
-    check_company(trainer, stages[0], in_order[-1].schedule.at_epoch)
+    starts = [callback.schedule.at_epoch or 0 for callback in stages]
+    check_company(trainer, stages[0], max(e for e in (0, *starts) if e < NEVER))
     make_layers(module)
     prepare_module(trainer, module, stage)
     _plan(module, in_order)
