@@ -1,5 +1,7 @@
 """The Lightning face of the library: thin callbacks, each a schedule over a stage."""
 
+from lightning_linger.callbacks.calibrate import CalibrateCallback
+from lightning_linger.callbacks.conditions import OnPlateau
 from lightning_linger.callbacks.dump import DumpCallback
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
 from lightning_linger.callbacks.hardware_check import HardwareCheckCallback
@@ -9,15 +11,21 @@ from lightning_linger.callbacks.onnx_export import ONNXExportCallback
 from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.rng_state import RNGStateCallback
+from lightning_linger.callbacks.stage_checkpoint import StageModelCheckpoint
+from lightning_linger.callbacks.stage_switch import StageSwitchCallback
 
 __all__ = [
+    "CalibrateCallback",
     "DumpCallback",
     "FuseBNCallback",
     "HardwareCheckCallback",
     "IntegerValidatorCallback",
     "NormalizeCallback",
     "ONNXExportCallback",
+    "OnPlateau",
     "QuantErrorCallback",
     "QuantizeCallback",
     "RNGStateCallback",
+    "StageModelCheckpoint",
+    "StageSwitchCallback",
 ]

@@ -29,7 +29,7 @@ def prepare_module(trainer: Any, module: Any, stage: str) -> None:
     example = getattr(module, "example_input_array", None)
     if example is not None:
         check_example(example)
-        with _silent(module):
+        with silent(module):
             prepare_by(module, lambda: _forward(module, example))
         return
     if not module.automatic_optimization:
@@ -41,9 +41,9 @@ def prepare_module(trainer: Any, module: Any, stage: str) -> None:
     with no_trace(module):
         batch = _first_batch(trainer, module, stage)
     check_example(batch)
-    step = _step(module, stage)
-    with _silent(module):
-        prepare_by(module, lambda: _run_step(step, batch), stop_after_whole=True)
+    step = step_of(module, stage)
+    with silent(module):
+        prepare_by(module, lambda: run_step(step, batch), stop_after_whole=True)
 
 
 def _forward(module: nn.Module, example: Any) -> Any:
@@ -54,13 +54,15 @@ def _forward(module: nn.Module, example: Any) -> Any:
     return module(example)
 
 
-def _step(module: Any, stage: str) -> Callable[..., Any]:
+def step_of(module: Any, stage: str) -> Callable[..., Any]:
+    """Return the step that a LightningModule runs in a stage of the Trainer."""
     names = {"fit": "training_step", "validate": "validation_step", "test": "test_step"}
     step: Callable[..., Any] = getattr(module, names.get(stage, "predict_step"))
     return step
 
 
-def _run_step(step: Callable[..., Any], batch: Any) -> Any:
+def run_step(step: Callable[..., Any], batch: Any) -> Any:
+    """Call a step as Lightning calls it for the first batch."""
     takes_index = len(inspect.signature(step).parameters) > 1
     return step(batch, 0) if takes_index else step(batch)
 
@@ -112,7 +114,7 @@ def _loaders(trainer: Any, stage: str) -> Any:
 
 
 @contextlib.contextmanager
-def _silent(module: Any) -> Iterator[None]:
+def silent(module: Any) -> Iterator[None]:
     """Swallow logging; put torchmetrics, and lists that a step appends to, back as they were."""
     containers = {
         name: (value, copy.copy(value))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.schedule import Condition
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import FuseConfig, FuseMode
@@ -34,6 +35,7 @@ class FuseBNCallback(StageCallback):
 
     stage = "fuse_bn"
     order = 0
+    needed_by_later = True
 
     def __init__(
         self,
@@ -78,3 +80,4 @@ class FuseBNCallback(StageCallback):
             switch_fuse_bn(
                 pl_module, self.is_on(pl_module), "frozen" if frozen else self.config.mode
             )
+            follow_in_average(trainer, pl_module)

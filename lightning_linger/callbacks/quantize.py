@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.optimizers import check_learned_ranges
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
-from lightning_linger.core.errors import QuantizationWarning
+from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
@@ -98,6 +99,12 @@ class QuantizeCallback(StageCallback):
         allow_changes: bool = False,
     ) -> None:
         super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
+        if freeze_at_epoch is not None and freeze_at_epoch <= (at_epoch or 0):
+            msg = (
+                f"`freeze_at_epoch` ({freeze_at_epoch}) must come after `at_epoch` "
+                f"({at_epoch or 0}): no range would be seen before it stands still."
+            )
+            raise ConfigError(msg)
         self.freeze: Schedule | None = None
         if freeze_at_epoch is not None or freeze_at_step is not None:
             self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
@@ -164,6 +171,7 @@ class QuantizeCallback(StageCallback):
         frozen = instrumentation_of(module).switches.frozen
         if not frozen and self.freeze.is_on(trainer, module, frozen):
             freeze_ranges(module)
+            follow_in_average(trainer, module)
 
     def is_on(self, module: Any) -> bool:
         """Return whether quantization is on."""

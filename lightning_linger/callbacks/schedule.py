@@ -7,6 +7,9 @@ from typing import Any
 
 from lightning_linger.core.errors import ConfigError
 
+# An epoch that does not come.
+NEVER = 2**62
+
 Condition = Callable[[Any, Any], bool]
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from typing import Any, ClassVar
 
+import torch
+
 from lightning_linger.callbacks._compat import Callback, misconfiguration
+from lightning_linger.callbacks.company import check_company, follow_in_average
 from lightning_linger.callbacks.discovery import prepare_module
-from lightning_linger.callbacks.schedule import Condition, Schedule
+from lightning_linger.callbacks.order import check_order, check_order_in_steps, ordered
+from lightning_linger.callbacks.schedule import NEVER, Condition, Schedule
 from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import changes, plain_data
 from lightning_linger.stages.prepare import prepare_from, strip
+
+# Key of a checkpoint.
+CONDITIONS = "linger_conditions"
 
 
 class StageCallback(Callback):  # type: ignore[misc]
@@ -25,6 +32,8 @@ class StageCallback(Callback):  # type: ignore[misc]
     stage: ClassVar[str]
     # Stages build on each other in this order.
     order: ClassVar[int]
+    # Whether a later stage has to end when this one does.
+    needed_by_later: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -37,6 +46,7 @@ class StageCallback(Callback):  # type: ignore[misc]
         super().__init__()
         self.allow_changes = allow_changes
         self.schedule = Schedule(at_epoch, at_step, when, end_epoch)
+        self._metrics: dict[str, float] = {}
 
     def plan(self, module: Any) -> None:
         """Attach the stage to the prepared module without switching it on."""
@@ -58,6 +68,17 @@ class StageCallback(Callback):  # type: ignore[misc]
         """Find the sites and plan every stage of the trainer, once."""
         if stages_of(trainer)[0] is self:
             plan_stages(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the order again, now that the steps of an epoch are known; go on where it was."""
+        if not trainer.fast_dev_run:
+            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+            steps = steps if math.isinf(steps) else math.ceil(steps)
+            check_order_in_steps(ordered(stages_of(trainer)), steps)
+        # Lightning saves no metrics, and a condition looks at those of the epoch before.
+        for name, value in self._metrics.items():
+            trainer.callback_metrics.setdefault(name, torch.tensor(value))
+        self._metrics = {}
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Switch by epoch or condition."""
@@ -81,10 +102,36 @@ class StageCallback(Callback):  # type: ignore[misc]
 
     def _follow_schedule(self, trainer: Any, module: Any) -> None:
         on = self.is_on(module)
+        if self.schedule.when is not None and not on and not self._may_start(trainer, module):
+            return
         wanted = self.schedule.is_on(trainer, module, on)
         if wanted != on:
             self.switch(module, wanted)
+            follow_in_average(trainer, module)
             _show_stages(trainer, module)
+
+    def _may_start(self, trainer: Any, module: Any) -> bool:
+        """Whether all stages are on that this one builds on."""
+        before = [callback for callback in stages_of(trainer) if callback.order < self.order]
+        return trainer.fast_dev_run or all(callback.is_on(module) for callback in before)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save what a condition remembers, and the metrics that it will look at next."""
+        condition: Any = self.schedule.when
+        if condition is not None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            state = condition.state_dict() if hasattr(condition, "state_dict") else {}
+            saved = {"metrics": metrics, "state": state}
+            checkpoint.setdefault(CONDITIONS, {})[self.stage] = saved
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Give it back."""
+        saved = checkpoint.get(CONDITIONS, {}).get(self.stage)
+        if saved is not None and self.schedule.when is not None:
+            self._metrics = saved["metrics"]
+            condition: Any = self.schedule.when
+            if hasattr(condition, "load_state_dict"):
+                condition.load_state_dict(saved["state"])
 
 
 def stages_of(trainer: Any) -> list[StageCallback]:
@@ -105,10 +152,13 @@ def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     """Find the sites and plan every stage of the trainer; a second time changes nothing."""
     stages = stages_of(trainer)
     refuse_unsupported_strategy(trainer, module)
-    _check_order(trainer, stages)
+    in_order = ordered(stages)
+    check_order(in_order)
+    starts = [callback.schedule.at_epoch or 0 for callback in stages]
+    check_company(trainer, stages[0], max(e for e in (0, *starts) if e < NEVER))
     make_layers(module)
     prepare_module(trainer, module, stage)
-    _plan(module, sorted(stages, key=lambda callback: callback.order))
+    _plan(module, in_order)
 
 
 def _plan(module: Any, stages: list[StageCallback]) -> None:
@@ -157,22 +207,3 @@ def make_layers(module: Any) -> None:
     definer = next(base for base in type(module).__mro__ if "configure_model" in base.__dict__)
     if not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch.")):
         module.configure_model()
-
-
-def _check_order(trainer: Any, stages: list[StageCallback]) -> None:
-    by_order: dict[int, StageCallback] = {}
-    for callback in stages:
-        if callback.order in by_order:
-            msg = f"The trainer has two {type(callback).__name__}s. HINT: keep one."
-            raise misconfiguration(msg)
-        by_order[callback.order] = callback
-    ordered = [by_order[order] for order in sorted(by_order)]
-    for early, late in pairwise(ordered):
-        first, second = early.schedule.at_epoch, late.schedule.at_epoch
-        if first is not None and second is not None and first > second:
-            msg = (
-                f"{type(early).__name__}({early.schedule}) cannot start after "
-                f"{type(late).__name__}({late.schedule}), which builds on it. HINT: start it at "
-                f"epoch {second} or earlier."
-            )
-            raise misconfiguration(msg)

@@ -252,8 +252,12 @@ class Site(nn.Module):
             return None
         if limits.output.kind == "static":
             return limits.output.value
-        bound = float(self.output_bound.item())
-        return bound if bound > 0 else None
+        if "output_limit" not in self.prepared:
+            # Read once: a graph capture could not.
+            bound = float(self.output_bound.item())
+            self.prepared["output_limit"] = bound if bound > 0 else None
+        found: float | None = self.prepared["output_limit"]
+        return found
 
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.

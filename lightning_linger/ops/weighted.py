@@ -22,7 +22,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.registry import Op
-from lightning_linger.core.rounding import ROUNDINGS, Rounder
+from lightning_linger.core.rounding import ROUNDINGS, Rounder, round_value
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
@@ -457,9 +457,9 @@ def _limited_codes(site: Site, step: float, low: int, high: int) -> tuple[int, i
     bound = site.output_limit()
     if bound is None:
         return low, high
-    edges = torch.tensor([-bound / step, bound / step], dtype=torch.float64)
-    lowest, highest = ROUNDINGS[site.rounding](edges).tolist()
-    return max(low, int(lowest)), min(high, int(highest))
+    # Without a tensor, whose values a graph capture would hide.
+    lowest, highest = (round_value(edge / step, site.rounding) for edge in (-bound, bound))
+    return max(low, lowest), min(high, highest)
 
 
 def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.logs import logger
 from lightning_linger.core.progress import with_progress
 from lightning_linger.stages.journal import log_sites
@@ -38,20 +39,12 @@ def calibrate(
     instrumentation = instrumentation_of(model)
     if not instrumentation.switches.quantize:
         quantize(model, config)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     batches = 0
-    try:
-        _learn_in_evaluation(instrumentation)
-        with torch.no_grad():
-            for batch in with_progress(loader, "Calibrating"):
-                check_example(batch)
-                _call(model, batch)
-                batches += 1
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        instrumentation.thaw()
+    with learning_ranges(model):
+        for batch in with_progress(loader, "Calibrating"):
+            check_example(batch)
+            _call(model, batch)
+            batches += 1
     if batches == 0:
         msg = "the calibration loader gave no batch."
         raise ConfigError(msg)
@@ -60,10 +53,21 @@ def calibrate(
     return model
 
 
-def _learn_in_evaluation(instrumentation: Instrumentation) -> None:
-    # The model's layers run as in evaluation, only the sites learn.
+@contextlib.contextmanager
+def learning_ranges(model: nn.Module) -> Iterator[None]:
+    """Let forwards in evaluation mode, without gradients, move the ranges of a quantized model."""
+    instrumentation = instrumentation_of(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     for site in instrumentation.sites:
         site.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        instrumentation.thaw()
 
 
 def _call(model: nn.Module, batch: Any) -> None:

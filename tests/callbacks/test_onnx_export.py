@@ -10,7 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.callbacks import FuseBNCallback, ONNXExportCallback, QuantizeCallback
+from lightning_linger.callbacks import (
+    FuseBNCallback,
+    NormalizeCallback,
+    ONNXExportCallback,
+    QuantizeCallback,
+)
 from tests.callbacks.boring import Classifier, fitted, loader, trainer
 
 
@@ -136,3 +141,12 @@ def test_wrong_arguments_name_the_remedy(
     with pytest.raises(Exception, match=f"(?s){message}"):
         run(tmp_path)
     assert not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("limit", ["99%", "3*mean"])
+def test_a_model_with_dynamic_limits_is_exported(tmp_path: Path, limit: str) -> None:
+    """The value of a limit is read before the forward is captured, in which it could not be."""
+    export = ONNXExportCallback(tmp_path / "model.onnx")
+    stages = [FuseBNCallback(), NormalizeCallback(output=limit), QuantizeCallback()]
+    fitted(tmp_path, [*stages, export], epochs=2)
+    assert export.mismatches == 0

@@ -50,8 +50,10 @@ def described(path: Path) -> dict[str, Any]:
 
 def test_there_are_stacks() -> None:
     assert {path.stem for path in STACKS} >= {
+        "int8_qat",
         "mixed_float_output",
         "onnxruntime_int8",
+        "ptq_int8",
         "two_stage_int8",
     }
 
