@@ -36,6 +36,8 @@ from lightning_linger.core.tags import drop_tag, tag_of, with_tag
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
 EXTRA_STATE = "_extra_state"
+# A module without parameters whose call is to be seen wherever it is made.
+POINT_MARK = "_linger_point"
 
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
@@ -273,7 +275,11 @@ class Instrumentation(nn.Module):
         self._frames: dict[str, Frame] = {}
         self._handles: list[Any] = []
         for path, module in root.named_modules():
-            entry = module is root or next(module.parameters(), None) is not None
+            entry = (
+                module is root
+                or next(module.parameters(), None) is not None
+                or getattr(module, POINT_MARK, False)
+            )
             frame = Frame(self, path, entry)
             self._frames[path] = frame
             self._handles += [

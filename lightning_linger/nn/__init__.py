@@ -13,6 +13,7 @@ from lightning_linger.nn.checkpoints import (
     torch_to_lstmp,
     ublstmp_to_fast,
 )
+from lightning_linger.nn.fake_quantize import FakeQuantize
 from lightning_linger.nn.lstmp import LSTMP
 from lightning_linger.nn.ublstmp import UBLSTMP
 
@@ -20,6 +21,7 @@ __all__ = [
     "LAYOUTS",
     "LSTMP",
     "UBLSTMP",
+    "FakeQuantize",
     "asr_to_lstmp",
     "convert",
     "fast_to_ublstmp",

@@ -143,7 +143,7 @@ STATISTICS: dict[str, Statistic] = {
     ),
     "w_like": Statistic(w_like, "least squared error among the steps 2^-10 ... 2^9", pools=True),
     "kl": Statistic(entropy, "least Kullback-Leibler divergence", pools=True),
-    "lsq_start": Statistic(lsq_start, "2 mean |x| sqrt(qmax), where LSQ starts"),
+    "lsq_start": Statistic(lsq_start, "the mean magnitude times 2 sqrt(qmax), where LSQ starts"),
 }
 
 
