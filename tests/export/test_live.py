@@ -33,7 +33,12 @@ STAGES: dict[str, Callable[[nn.Module], Any]] = {
         linger.normalize(linger.fuse_bn(model)), linger.QuantConfig(platform="onnxruntime")
     ),
 }
-each_stage = pytest.mark.parametrize("stage", STAGES)
+each_stage = pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=[pytest.mark.slow] * (s == "folded")) for s in STAGES]
+)
+each_platform = pytest.mark.parametrize(
+    "platform", ["venusa", pytest.param("onnxruntime", marks=pytest.mark.slow)]
+)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -139,7 +144,7 @@ def test_a_trainer_goes_on_with_the_same_bits_through_all_stages(tmp_path: Path)
 # --- other ways out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@each_platform
 def test_a_traced_integer_model_is_saved_and_loaded(platform: str, tmp_path: Path) -> None:
     x = images()
     model = trained(ResNet(), x, config=linger.QuantConfig(platform=platform), fold="running")
@@ -154,7 +159,7 @@ def test_a_traced_integer_model_is_saved_and_loaded(platform: str, tmp_path: Pat
         assert torch.equal(loaded(other), model(other))
 
 
-@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@each_platform
 def test_an_exported_integer_program_is_saved_and_loaded(platform: str, tmp_path: Path) -> None:
     x = images()
     model = trained(ResNet(), x, config=linger.QuantConfig(platform=platform), fold="running")

@@ -200,6 +200,7 @@ def test_an_axis_of_several_inputs_is_one(tmp_path: Path) -> None:
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_float_stage_may_have_open_sizes_too(tmp_path: Path) -> None:
     model = linger.fuse_bn(linger.prepare(ResNet(), (images(),))).eval()
     axes = {"x": {0: "batch"}}
@@ -240,7 +241,13 @@ NOT_OPEN: dict[str, tuple[Callable[..., Tensor], dict[int, str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_OPEN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith("a reshape") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NOT_OPEN
+    ],
+)
 def test_what_depends_on_an_open_size_is_refused(name: str, tmp_path: Path) -> None:
     forward, axes, message = NOT_OPEN[name]
     x = torch.randn(4, 4, 6)
@@ -262,7 +269,9 @@ def test_a_reshape_that_merges_an_open_axis_follows_from_the_others(tmp_path: Pa
 # --- opsets and storage -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
+@pytest.mark.parametrize(
+    "opset", [18, 23, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (19, 20, 21, 22))]
+)
 def test_every_opset_runs_and_gives_the_same_integers(opset: int, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 6, 6)
     model = quantized(Chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2)), x)
@@ -304,6 +313,7 @@ def test_weights_of_four_bits_are_stored_as_such(tmp_path: Path) -> None:
     assert_equal(path, "qdq", model, x)
 
 
+@pytest.mark.slow
 def test_wider_weights_stay_int8(tmp_path: Path) -> None:
     x = images()
     model = quantized(ResNet(), x)
