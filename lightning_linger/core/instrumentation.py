@@ -357,6 +357,10 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
+        switches.frozen = recipe.get("frozen", False) and "quantize" in planned
+        for module in self.modules():
+            if isinstance(module, LearnedScale):
+                module.value.requires_grad_(not switches.frozen)
         self.thaw()
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:
@@ -374,14 +378,6 @@ class Instrumentation(nn.Module):
                 "with other ones, pass `allow_changes=True` to the callback they belong to."
             )
             raise ConfigError(msg)
-        switches = self.switches
-        switches.fuse, switches.fuse_mode = recipe["fuse"], recipe["fuse_mode"]
-        switches.normalize, switches.quantize = recipe["normalize"], recipe["quantize"]
-        switches.frozen = recipe.get("frozen", False)
-        for module in self.modules():
-            if isinstance(module, LearnedScale):
-                module.value.requires_grad_(not switches.frozen)
-        self.thaw()
 
     def note_plan(self, stage: str, plan: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
         """Remember what a stage was planned with.
