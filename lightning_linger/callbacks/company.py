@@ -35,10 +35,11 @@ def follow_in_average(trainer: Any, module: Any) -> None:
         average = getattr(getattr(callback, "_average_model", None), "module", None)
         if average is None or not is_prepared(average):
             continue
-        switches = instrumentation_of(module).switches
-        followed = instrumentation_of(average).switches
-        for name in ("fuse", "fuse_mode", "normalize", "quantize", "frozen"):
-            setattr(followed, name, getattr(switches, name))
+        followed, follower = instrumentation_of(module), instrumentation_of(average)
+        for name in ("fuse", "fuse_mode", "normalize", "quantize"):
+            setattr(follower.switches, name, getattr(followed.switches, name))
+        for site, twin in zip(followed.sites, follower.sites, strict=True):
+            twin.freeze(site.frozen)
 
 
 def _check_averaging(callback: Any, before_stages: bool) -> None:

@@ -19,7 +19,7 @@ from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
-from lightning_linger.stages.freeze import freeze_ranges
+from lightning_linger.stages.freeze import freeze_ranges, is_frozen
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
 from lightning_linger.stages.selection import QUANT_MARK, Selection
 from lightning_linger.stages.summary import float_sites
@@ -168,7 +168,7 @@ class QuantizeCallback(StageCallback):
     def _follow_freeze(self, trainer: Any, module: Any) -> None:
         if self.freeze is None or trainer.fast_dev_run:
             return
-        frozen = instrumentation_of(module).switches.frozen
+        frozen = is_frozen(module)
         if not frozen and self.freeze.is_on(trainer, module, frozen):
             freeze_ranges(module)
             follow_in_average(trainer, module)

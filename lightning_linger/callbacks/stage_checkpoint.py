@@ -9,6 +9,7 @@ import torch
 
 from lightning_linger.callbacks._compat import NAMESPACES
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
+from lightning_linger.stages.freeze import is_frozen
 
 _ModelCheckpoint: Any = type(
     "_ModelCheckpoint",
@@ -111,7 +112,7 @@ def stage_of(module: Any) -> str:
         return "float"
     switches = instrumentation_of(module).switches
     if switches.quantize:
-        return "freeze" if switches.frozen else "quantize"
+        return "freeze" if is_frozen(module) else "quantize"
     if switches.normalize:
         return "normalize"
     return "fuse_bn" if switches.fuse else "float"

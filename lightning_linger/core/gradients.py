@@ -36,6 +36,9 @@ class GradientQuantizer(nn.Module):
         rounding: Rule.
         range: Range estimator, e.g. ``last_absmax``, or a fixed absolute maximum.
         switches: What is on in the model: a range stays where ranges do not move.
+
+    Attributes:
+        frozen: Whether the range stays what it is.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class GradientQuantizer(nn.Module):
         self.grid = Grid(bits, scale_kind, rounding, closed=True, exponents=EXPONENTS)
         self.estimator = RangeEstimator(range, name, self.grid)
         self.switches = switches
+        self.frozen = False
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
@@ -78,7 +82,7 @@ class GradientQuantizer(nn.Module):
     def rounded(self, gradient: Tensor) -> Tensor:
         """Move the range by a gradient and return it on the grid; empty ones pass."""
         values = gradient.float()
-        if self.switches.moving:
+        if self.switches.observing and not self.frozen:
             self.estimator.observe(values)
         if not self.estimator.known or gradient.numel() == 0:
             return gradient

@@ -18,7 +18,6 @@ from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
     changes,
@@ -312,17 +311,6 @@ class Instrumentation(nn.Module):
         """Whether there is a site of this key."""
         return _module_name(key) in self.site
 
-    def freeze(self, frozen: bool) -> None:
-        """Keep every range, or let all move again."""
-        self.switches.frozen = frozen
-        for module in self.modules():
-            if isinstance(module, LearnedScale):
-                module.value.requires_grad_(not frozen)
-        if not frozen:
-            for site in self.sites:
-                site.release_steps()
-        self.thaw()
-
     def thaw(self) -> None:
         """Forget everything that evaluation derived from weights and ranges."""
         for site in self.sites:
@@ -338,7 +326,7 @@ class Instrumentation(nn.Module):
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
-            "frozen": self.switches.frozen,
+            "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "quantizers": self._quantizer_names(),
             "plans": self.plans,
             "marks": self.marks,
@@ -357,10 +345,9 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
-        switches.frozen = recipe.get("frozen", False)
-        for module in self.modules():
-            if isinstance(module, LearnedScale):
-                module.value.requires_grad_(not switches.frozen)
+        frozen = recipe.get("frozen", {})
+        for site in self.sites:
+            site.freeze(frozenset(frozen.get(site.key, ())))
         self.thaw()
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_linger.core.config import (
 from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
@@ -55,7 +56,6 @@ class Switches:
         quantize: Whether quantizers act.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
-        frozen: Whether every range, of weights and gradients too, stays what it is.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -66,18 +66,12 @@ class Switches:
     quantize: bool = False
     system: str = "fake"
     observing: bool = True
-    frozen: bool = False
     recomputing: bool = False
-
-    @property
-    def moving(self) -> bool:
-        """Whether ranges move in training."""
-        return self.observing and not self.frozen
 
     @property
     def learning(self) -> bool:
         """Whether a forward in training mode moves ranges now."""
-        return self.moving and not self.recomputing
+        return self.observing and not self.recomputing
 
     @property
     def any_stage(self) -> bool:
@@ -94,6 +88,9 @@ class Limits:
     output: Limit | None
     gradient: LimitGradient
 
+
+FrozenPart = Literal["activations", "weights", "gradients"]
+FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "gradients")
 
 # Buffers that hold the steps of weights while ranges are frozen.
 _HELD = "held_"
@@ -126,6 +123,7 @@ class Site(nn.Module):
         operand_bits: Width of operands, where it is not the configured one, by position.
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
+        frozen: The parts whose ranges stay what they are.
         why_float: Why the site is not quantized, if so.
     """
 
@@ -159,6 +157,7 @@ class Site(nn.Module):
         self.seen: dict[int, Tag | None] = {}
         self.released = False
         self.weight_is_computed = False
+        self.frozen: frozenset[FrozenPart] = frozenset()
 
     @property
     def quantized(self) -> bool:
@@ -185,7 +184,7 @@ class Site(nn.Module):
     @property
     def learning(self) -> bool:
         """Whether the forward that runs now moves the ranges of this site."""
-        return self.training and self.switches.learning
+        return self.training and self.switches.learning and "activations" not in self.frozen
 
     @property
     def ready(self) -> bool:
@@ -370,7 +369,7 @@ class Site(nn.Module):
             name: Tells the weights of the site apart.
             step: What the weight asks for now.
         """
-        if not self.switches.frozen:
+        if "weights" not in self.frozen:
             return step
         name = _HELD + name.replace(".", ":")
         if name not in self._buffers and not capturing():
@@ -379,6 +378,26 @@ class Site(nn.Module):
         if kept is None:
             return step
         return float(kept) if isinstance(step, float) else kept
+
+    @property
+    def moves_weight_ranges(self) -> bool:
+        """Whether a training forward that runs now moves the ranges of weights."""
+        return self.training and self.switches.learning and "weights" not in self.frozen
+
+    def freeze(self, parts: frozenset[FrozenPart]) -> None:
+        """Keep the ranges of some parts, and let those of the others move."""
+        self.frozen = parts
+        for quantizer in self.quantizers():
+            if quantizer.learned is not None:
+                quantizer.learned.value.requires_grad_("activations" not in parts)
+        if self.learned_weight is not None:
+            self.learned_weight.value.requires_grad_("weights" not in parts)
+        for module in self.modules():
+            if isinstance(module, GradientQuantizer):
+                module.frozen = "gradients" in parts
+        if "weights" not in parts:
+            self.release_steps()
+        self.thaw()
 
     def release_steps(self) -> None:
         """Forget the steps that were held while ranges were frozen."""

@@ -506,7 +506,7 @@ def _learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
     """Return a learned step; the first training step with gradients takes it over."""
     if not learned.started:
         reach = site.weight_reach(rows)
-        if not (site.learning and torch.is_grad_enabled()):
+        if not (site.moves_weight_ranges and torch.is_grad_enabled()):
             return learned.step_of(reach)
         learned.follow(reach)
         learned.start()

@@ -132,7 +132,7 @@ class Selection:
                 return (fields, None) if fields is not None else (None, f"override {pattern!r}")
         if self.types is not None and not any(_is_type(site, wanted) for wanted in self.types):
             return None, "not in `types`"
-        if self.modules is not None and not any(_matches(site, p) for p in self.modules):
+        if self.modules is not None and not any(matches(site, p) for p in self.modules):
             return None, "not in `modules`"
         return {}, None
 
@@ -140,7 +140,7 @@ class Selection:
         matching = [
             (pattern, fields)
             for pattern, fields in self.overrides.items()
-            if not pattern.startswith(TYPE_PREFIX) and _matches(site, pattern)
+            if not pattern.startswith(TYPE_PREFIX) and matches(site, pattern)
         ]
         # The longest pattern is the most specific one.
         return max(matching, key=lambda item: len(item[0])) if matching else None
@@ -155,7 +155,8 @@ class Selection:
             path = path.rpartition(".")[0]
 
 
-def _matches(site: Site, pattern: str) -> bool:
+def matches(site: Site, pattern: str) -> bool:
+    """Whether a glob matches a site's key, its module's path, or a path above it."""
     path = site.node.owner
     if fnmatchcase(site.key, pattern):
         return True

@@ -13,6 +13,7 @@ import lightning_linger as linger
 from lightning_linger import ConfigError, QuantConfig
 from lightning_linger.callbacks import FuseBNCallback, QuantizeCallback
 from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.stages.freeze import is_frozen
 from tests.callbacks.boring import Classifier, loader, trainer
 from tests.models import Chain, assert_integer_exact
 
@@ -145,7 +146,7 @@ class Notes(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         own = instrumentation_of(pl_module)
-        self.frozen.append(own.switches.frozen)
+        self.frozen.append(is_frozen(pl_module))
         self.ranges.append(str([b.tolist() for n, b in own.named_buffers() if ".range" in n]))
 
 
@@ -167,3 +168,67 @@ def test_one_start_of_freezing() -> None:
         QuantizeCallback(freeze_at_epoch=1, freeze_at_step=2)
     with pytest.raises(ConfigError, match="non-negative"):
         QuantizeCallback(freeze_at_epoch=-1)
+
+
+def kinds(changed: list[str]) -> set[str]:
+    """Which parts the names of :func:`steps_of` belong to."""
+    return {
+        "gradients"
+        if name.endswith("gradient")
+        else "weights"
+        if name.endswith("ights")
+        else "acts"
+        for name in changed
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("activations", "acts"), ("weights", "weights"), ("gradients", "gradients")]
+)
+def test_nics17_parts_freeze_apart(part: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(6, 6)
+    linger.prepare(model, (x,))
+    linger.quantize(model, QuantConfig(platform="onnxruntime", gradient_bits=8))
+    train(model, x, 3)
+    linger.freeze_ranges(model, parts=[part])
+    assert not is_frozen(model)
+    before = steps_of(model, x)
+    train(model, x, 6)
+    after = steps_of(model, x)
+    moved = [name for name in before if before[name] != after[name]]
+    assert kinds(moved) == {"acts", "weights", "gradients"} - {kind}
+
+
+def test_nics23_modules_freeze_apart() -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(6, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    x = torch.randn(6, 6)
+    linger.prepare(model, (x,))
+    linger.quantize(model, QuantConfig(platform="onnxruntime", range="lsq", weight_range="lsq"))
+    train(model, x, 3)
+    linger.freeze_ranges(model, modules=["net.2"])
+    before = steps_of(model, x)
+    train(model, x, 4)
+    after = steps_of(model, x)
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved
+    assert not any("net.2" in name for name in moved)
+    still = {name for name, p in linger.learned_ranges(model).items() if not p.requires_grad}
+    assert still
+    assert all("net:2:0" in name for name in still)
+    linger.freeze_ranges(model)
+    assert is_frozen(model)
+    linger.freeze_ranges(model, frozen=False)
+    assert all(p.requires_grad for p in linger.learned_ranges(model).values())
+
+
+def test_wrong_parts_and_modules() -> None:
+    model = Chain(nn.Linear(2, 2))
+    linger.prepare(model, (torch.randn(3, 2),))
+    linger.quantize(model)
+    with pytest.raises(ConfigError, match=r"`parts` must be among.*biases"):
+        linger.freeze_ranges(model, parts=["biases"])
+    with pytest.raises(ConfigError, match="matches no module"):
+        linger.freeze_ranges(model, modules=["ent.0"])
