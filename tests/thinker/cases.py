@@ -796,6 +796,34 @@ NETWORKS = [
         "keywords", "a separable keyword spotter", KeywordSpotter, lambda: torch.randn(1, 1, 49, 40)
     ),
     PackCase("digits", "`examples/digits.py`", example("digits", "Digits"), image(1, 8)),
+    PackCase("resnet8", "`examples/resnet.py`", example("resnet", "ResNet"), image(3, 32)),
+    PackCase(
+        "ds_cnn",
+        "`examples/kws.py`",
+        example("kws", "DSCNN"),
+        lambda: torch.randn(1, 1, 49, 16),
+    ),
+    PackCase(
+        "kws_gru",
+        "`examples/kws.py --model gru`",
+        example("kws", "GRU"),
+        lambda: torch.randn(1, 24, 32),
+        refused=everywhere("export", "no engine runs one", "other gates"),
+    ),
+    PackCase(
+        "row_reader",
+        "`examples/sequence.py`",
+        example("sequence", "RowReader"),
+        rows(8, 8),
+        wrong={"venus": "curves of its own, not modelled"},
+    ),
+    PackCase(
+        "row_encoder",
+        "`examples/attention.py`",
+        example("attention", "RowEncoder"),
+        rows(8, 8),
+        refused={"venus": Refused("export", "layer_norm", "a norm of another kind")},
+    ),
 ]
 
 GROUPS: dict[str, list[PackCase]] = {
