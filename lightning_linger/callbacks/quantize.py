@@ -99,15 +99,16 @@ class QuantizeCallback(StageCallback):
         allow_changes: bool = False,
     ) -> None:
         super().__init__(at_epoch, at_step, when, end_epoch, allow_changes)
+        self.freeze_at_epoch, self.freeze_at_step = freeze_at_epoch, freeze_at_step
+        self.freeze: Schedule | None = None
+        if freeze_at_epoch is not None or freeze_at_step is not None:
+            self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
         if freeze_at_epoch is not None and freeze_at_epoch <= (at_epoch or 0):
             msg = (
                 f"`freeze_at_epoch` ({freeze_at_epoch}) must come after `at_epoch` "
                 f"({at_epoch or 0}): no range would be seen before it stands still."
             )
             raise ConfigError(msg)
-        self.freeze: Schedule | None = None
-        if freeze_at_epoch is not None or freeze_at_step is not None:
-            self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
         self.config = QuantConfig(
             platform=platform_of(platform).name,
             weight_bits=weight_bits,

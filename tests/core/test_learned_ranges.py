@@ -360,6 +360,7 @@ def test_attention_learns() -> None:
     assert_integer_exact(layer, x, x, x)
 
 
+@pytest.mark.slow
 def test_residual_network_compiled() -> None:
     model = ResNet()
     x = images()
