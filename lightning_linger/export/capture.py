@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,7 @@ def capture(
     if translated is None:  # pragma: no cover - the typing of torch.onnx.export; dynamo returns it
         msg = "torch.onnx.export returned nothing."
         raise UnsupportedError(msg)
+    _name_after_modules(translated.model.graph)
     return Captured(
         translated.model, recording.labels.sites, live, inputs.names, forward.output_names
     )
@@ -374,6 +376,24 @@ def arguments_of(node: ir.Node) -> dict[str, Any]:
             value = [next(inputs) for _ in range(value)] if is_list else next(inputs)
         arguments[argument.name] = value
     return arguments
+
+
+def _name_after_modules(graph: ir.Graph) -> None:
+    """Name what is plain ONNX after the module that called it, as sites are named."""
+    taken: Counter[str] = Counter()
+    for node in graph:
+        scopes = _SCOPES.findall(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        if node.domain != "" or not scopes:
+            continue
+        module = scopes[-2].partition(".")[2] if len(scopes) > 1 else ""
+        name = f"{module}/{scopes[-1].strip('_')}"
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+        for index, output in enumerate(node.outputs):
+            output.name = f"{node.name}/output{index}" if index else node.name
+
+
+_SCOPES = re.compile(r"'([^']*)'")
 
 
 # --- checks and errors ------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def test_both_generations_hold_the_same_integers(tmp_path, platform):
     assert {node.domain for node in proto.graph.node} == {"", "thinker"}
     metadata = {p.key.partition(".")[2]: p.value for p in proto.metadata_props}
     assert metadata["dialect"] == "linger1"
+    # Nodes and values are named after sites and modules.
+    modules = dict(model.named_modules())
+    for node in proto.graph.node:
+        module, _, op = node.name.partition("/")
+        assert op
+        assert module.partition("@")[0] in modules
+        assert node.output[0] in (node.name, "output")
     runners = [OnnxIntegerRunner(path) for path in (newer, older)]
     assert {runner.platform for runner in runners} == {platform}
     with torch.no_grad(), linger.integer(model):

@@ -154,6 +154,18 @@ def test_metadata_names_version_platform_and_configuration(tmp_path):
     assert json.loads(metadata["config"])["common"]["weight_bits"] == 8
 
 
+def test_plain_ops_are_named_after_their_modules(tmp_path):
+    x = image()
+    inner = Lambda(lambda m, x: m.layer(torch.atan(x.flatten(1))), layer=nn.Linear(256, 3))
+
+    def run(m, x):
+        return m.inner(torch.atan(torch.atan(x)))
+
+    proto = exported(quantized(Lambda(run, inner=inner), x), tmp_path, x)
+    named = {node.name: node.output[0] for node in proto.graph.node if node.op_type == "Atan"}
+    assert named == {name: name for name in ("/atan", "/atan_1", "inner/atan_2")}
+
+
 def test_exports_are_the_same_bytes(tmp_path):
     x = image(3)
     model = quantized(Net(), x)

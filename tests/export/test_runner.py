@@ -200,6 +200,19 @@ def test_a_dump_holds_every_tensor(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tensors.npz"]
 
 
+def test_a_global_average_is_one_over_whole_maps():
+    x = np.random.default_rng(0).integers(-128, 128, (1, 3, 4, 8)).astype(np.int8)
+    grid = {"scale_x": 16.0, "scale_o": 16.0, "x_bits": 8, "o_bits": 8}
+    window = {"kernel_shape": [4, 8], "strides": [4, 8], "pads": [0] * 4, "ceil_mode": 0}
+    nodes = [
+        node("QGlobalAveragePool2d", ["x"], ["y"], **grid),
+        node("QAvgPool2d", ["x"], ["z"], **grid, **window),
+    ]
+    found = OnnxIntegerRunner(graph(nodes, "x", "yz")).run({"x": x})
+    assert np.array_equal(found["y"], found["z"])
+    assert np.array_equal(found["y"], (x.astype(int).sum((2, 3), keepdims=True) + 16) >> 5)
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 POOL = {"kernel_shape": [2, 2], "strides": [1, 1], "pads": [0, 0, 0, 0]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_linger.core.errors import UnsupportedError
@@ -54,6 +56,13 @@ def _avg_pool(step: Step) -> Array:
     return to_array(y)
 
 
+def _global_avg_pool(step: Step) -> Array:
+    """Average over whole maps, as an average pool with a window of their size."""
+    sizes = list(step.array(0).shape[2:])
+    window = {"kernel_shape": sizes, "strides": sizes, "pads": [0] * (2 * len(sizes))}
+    return _avg_pool(replace(step, attributes={**step.attributes, **window}))
+
+
 def _max_pool(step: Step) -> Array:
     _refuse_ceil_mode(step)
     x = to_tensor(step.array(0))
@@ -77,5 +86,6 @@ def _max_pool(step: Step) -> Array:
 
 KERNELS: dict[str, Kernel] = {
     **{f"QAvgPool{dims}d": _avg_pool for dims in (1, 2)},
+    **{f"QGlobalAveragePool{dims}d": _global_avg_pool for dims in (1, 2)},
     "MaxPool": _max_pool,
 }
