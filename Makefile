@@ -10,7 +10,7 @@ PACKER_STAMP := $(PACKER_VENV)/.installed
 PYTESTARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-thinker thinker-env lint bench docs clean
+.PHONY: help demo test test-all soak test-matrix test-thinker thinker-env lint bench docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,26 @@ test-all: $(STAMP) ## Run the slow tests too (every form of every op), with cove
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term \
 	    --ignore=tests/thinker $(PYTESTARGS)
+
+soak: $(STAMP) ## Kill thirty runs at random moments and resume them
+	@folder=$$(mktemp -d) && PYTHONPATH=. OMP_NUM_THREADS=1 \
+	  $(BIN)/python -W ignore -m tests.callbacks.killed_runs $$folder --tries 30; \
+	  code=$$?; rm -rf $$folder; exit $$code
+
+# The lowest versions in pyproject.toml, and the newest on the registry, each in its environment.
+MATRIX_TESTS ?= tests/callbacks tests/core tests/stages tests/export
+test-matrix: $(STAMP) ## Run tests with the lowest supported and the newest versions
+	@for versions in lowest newest; do \
+	  place=.venv-$$versions; constraints=; \
+	  test $$versions = lowest && constraints="-c constraints-lowest.txt"; \
+	  echo "== $$versions"; \
+	  { $(PYTHON) -m venv --clear $$place 2>/dev/null \
+	    || $(PYTHON) -m venv --clear --without-pip $$place; } \
+	  && $(PIP) --python $$place/bin/python install -q $$constraints torch \
+	  && $(PIP) --python $$place/bin/python install -q $$constraints -e '.[test,examples]' \
+	  && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $$place/bin/python -m pytest -n 2 \
+	    --dist worksteal -m "not slow" $(MATRIX_TESTS) $(PYTESTARGS) || exit 1; \
+	done
 
 $(PACKER_STAMP): constraints-thinker.txt
 	@for python in $(PACKER_PYTHON) $(PYTHON) python3.11 python3.10; do \
@@ -80,7 +100,7 @@ docs: $(DOCS_STAMP) ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) $(PACKER_VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache \
+	rm -rf $(VENV) $(PACKER_VENV) .venv-lowest .venv-newest build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache \
 	  .ruff_cache .hypothesis lightning_logs
 	find lightning_linger tests benchmarks examples -name __pycache__ -type d -prune \
 	  -exec rm -rf {} + 2>/dev/null || true

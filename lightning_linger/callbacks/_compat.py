@@ -27,15 +27,19 @@ _BASES = tuple(namespace.Callback for namespace in NAMESPACES)
 Callback: Any = type(
     "Callback", _BASES, {"__doc__": "A callback of every installed Lightning namespace."}
 )
-MisconfigurationExceptions: tuple[type[Exception], ...] = tuple(
+_EXCEPTIONS: tuple[type[Exception], ...] = tuple(
     importlib.import_module(f"{namespace.__name__}.utilities.exceptions").MisconfigurationException
     for namespace in NAMESPACES
+)
+MisconfigurationException: Any = type(
+    "MisconfigurationException", _EXCEPTIONS, {"__doc__": "Lightning's, of every namespace."}
 )
 
 
 def misconfiguration(message: str) -> Exception:
     """Return Lightning's own error for a wrong set-up."""
-    return MisconfigurationExceptions[0](message)
+    error: Exception = MisconfigurationException(message)
+    return error
 
 
 def is_tensorboard(logger: Any) -> bool:

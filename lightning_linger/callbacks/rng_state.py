@@ -64,13 +64,15 @@ class RNGStateCallback(Callback):  # type: ignore[misc]
         _restore(state_dict["ranks"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take a lost plateau step; inside an epoch, undo what making the iterator has drawn."""
+        """Take a lost plateau step; undo what making an iterator has drawn too early."""
         self._inside_epoch = self._before_plateau_step = False
         state, self._loaded = self._loaded, None
         if state is None:
             return
         replay_plateau_steps(trainer, state["plateau"])
-        if state["inside_epoch"]:
+        # Releases of Lightning without `is_resuming` make the iterator of the first epoch again.
+        keeps_iterator = getattr(trainer.fit_loop, "is_resuming", False)
+        if state["inside_epoch"] or not keeps_iterator:
             _restore(state["ranks"])
 
     def on_train_batch_start(

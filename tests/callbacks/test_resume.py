@@ -20,6 +20,11 @@ from lightning_linger.callbacks import (
 from tests.callbacks.boring import Classifier, loader, trainer
 
 EPOCHS = 4
+
+# Earlier releases restart their loops differently inside an epoch, by themselves not exactly.
+inside_epochs = pytest.mark.skipif(
+    not hasattr(pl.loops.fit_loop._FitLoop, "is_resuming"), reason="needs Lightning 2.6"
+)
 lr = torch.optim.lr_scheduler
 # Optimizer, and a function that asks the trainer for the number of steps, to scheduler.
 SCHEDULERS: dict[str, Callable[[Any, Callable[[], int]], dict[str, Any]]] = {
@@ -196,6 +201,7 @@ def test_a_plateau_step_is_not_lost(tmp_path: Path) -> None:
     assert rates[False][1] == 2 * rates[False][0]
 
 
+@inside_epochs
 def test_checkpoints_of_the_end_of_a_validation_resume_exactly(tmp_path: Path) -> None:
     """Lightning calls `on_train_epoch_end` of that epoch again."""
 
@@ -265,6 +271,7 @@ class Resumable:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
+@inside_epochs
 def test_with_a_resumable_loader_any_step_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole = run(tmp_path, "whole", data=lambda: Resumable(4), every_n_steps=1)
     for step in (1, 5, 7, 10, 13):
