@@ -224,6 +224,22 @@ class RunRecord:
         """Return the layer of a site key."""
         return next((x for x in self.layers if x.site == site), Layer(site, site.split("/")[-2]))
 
+    def measured_inputs(self, site: str) -> list[str]:
+        """Return the measured layers that feed a layer, through those that have no values."""
+        measured = {layer.site for layer in self.measured_layers}
+        layers = {layer.site: layer for layer in self.layers}
+        found: dict[str, None] = {}
+        seen: set[str] = set()
+        waiting = list(layers[site].inputs) if site in layers else []
+        while waiting:
+            source = waiting.pop(0)
+            if source in measured:
+                found[source] = None
+            elif source in layers and source not in seen:
+                seen.add(source)
+                waiting += layers[source].inputs
+        return list(found)
+
     def metrics_by_stage(self) -> dict[str, dict[str, float]]:
         """Return the metrics of the last epoch of each stage."""
         return {epoch.stage: epoch.metrics for epoch in self.epochs if epoch.metrics}
