@@ -1,8 +1,12 @@
-"""A headless Chromium that tests drive, where one is installed."""
+"""A headless Chromium, and a TensorBoard for it, where they are installed."""
 
 import contextlib
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +19,31 @@ _OPTIONS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
+    "--hide-scrollbars",
     "--window-size=1500,1100",
     # Nothing but this machine can be reached.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 )
+# The text of a page, through shadow roots.
+_TEXT = """
+const collect = (node) => {
+  let text = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
+  if (["STYLE", "SCRIPT"].includes(node.nodeName)) return "";
+  if (node.shadowRoot) text += collect(node.shadowRoot);
+  for (const child of node.childNodes) text += collect(child) + " ";
+  return text;
+};
+return collect(document.body).replace(/\\s+/g, " ");
+"""
+_COUNT = """
+const count = (node) => {
+  let found = node.querySelectorAll(arguments[0]).length;
+  for (const child of node.querySelectorAll("*"))
+    if (child.shadowRoot) found += count(child.shadowRoot);
+  return found;
+};
+return count(document);
+"""
 
 
 @contextlib.contextmanager
@@ -48,9 +73,57 @@ def chromium() -> Iterator[Any]:
         session.quit()
 
 
+@contextlib.contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """Start TensorBoard on this machine alone, and return its address."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", "0", "--reload_interval", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                yield found[0]
+                return
+        pytest.fail("TensorBoard did not start:\n" + "".join(lines))
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
 def wait(session: Any, script: str, seconds: float = 90.0) -> Any:
     """Return the value of a JavaScript expression as soon as it is true."""
+    return _until(lambda: session.execute_script(f"return {script}"), script, session, seconds)
+
+
+def wait_for_text(session: Any, *texts: str, seconds: float = 90.0) -> str:
+    """Return the text of the page, shadow roots included, as soon as it holds all of these."""
+
+    def found() -> str | None:
+        page: str = session.execute_script(_TEXT)
+        return page if all(text in page for text in texts) else None
+
+    return str(_until(found, f"{texts} on the page", session, seconds))
+
+
+def wait_for_elements(session: Any, selector: str, least: int, seconds: float = 90.0) -> int:
+    """Return the number of elements, shadow roots included, as soon as there are enough."""
+
+    def found() -> int | None:
+        number: int = session.execute_script(_COUNT, selector)
+        return number if number >= least else None
+
+    return int(_until(found, f"{least} of {selector}", session, seconds))
+
+
+def _until(condition: Any, what: str, session: Any, seconds: float) -> Any:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    until = WebDriverWait(session, seconds, poll_frequency=0.2)
-    return until.until(lambda s: s.execute_script(f"return {script}"), f"never true: {script}")
+    waiting = WebDriverWait(session, seconds, poll_frequency=0.3)
+    return waiting.until(lambda _: condition(), f"never came: {what}")

@@ -128,7 +128,7 @@ class Dashboard:
         self._graph_shown = False
         self._drawn_at = -1
         self._stages: tuple[str, ...] | None = None
-        settings = {**_hyperparameters(module), "platform": platform, **self.record.settings}
+        settings = {**_hyperparameters(module), **_stage_settings(self.record)}
         self._draws = matplotlib_is_installed()
         for writer in tensorboard.writers(trainer):
             tensorboard.show_layout(writer, sites)
@@ -231,6 +231,17 @@ def _user_metrics(trainer: Any) -> dict[str, float]:
             if not name.startswith(OWN)
         }
     )
+
+
+def _stage_settings(record: RunRecord) -> dict[str, str]:
+    """Return what tells runs apart, few enough for a row."""
+    bits = (f"Quantize.{name}_bits" for name in ("weight", "activation", "output"))
+    return {
+        "platform": record.platform,
+        "bits (weight/input/output)": "/".join(record.settings.get(x, "float") for x in bits),
+        "overrides": record.settings.get("Quantize.overrides", ""),
+        "stages": ", ".join(dict.fromkeys(name.split(".")[0] for name in record.settings)),
+    }
 
 
 def _hyperparameters(module: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_linger.callbacks._compat import is_tensorboard
@@ -11,7 +11,7 @@ from lightning_linger.dashboard import figures
 from lightning_linger.dashboard.advice import advise, markdown
 from lightning_linger.dashboard.graph import graph_def
 from lightning_linger.dashboard.groups import group_layers
-from lightning_linger.dashboard.records import EpochRecord, RunRecord
+from lightning_linger.dashboard.records import EpochRecord, LayerError, RunRecord
 
 Charts = Mapping[str, list[str]]
 
@@ -41,6 +41,10 @@ _PER_GROUP = {
     "step exponent (log2)": "exponent",
     "mismatch rate (integers against fake-quant)": "mismatch",
 }
+_ERROR_MAPS: tuple[tuple[str, str, Callable[[LayerError], float]], ...] = (
+    ("heat_map/error", "accumulated: through the whole chain", lambda error: error.sqnr),
+    ("heat_map/error_isolated", "isolated: the layer alone", lambda error: error.isolated_sqnr),
+)
 
 
 def writers(trainer: Any) -> list[Any]:
@@ -99,7 +103,8 @@ def show_pictures(writer: Any, record: RunRecord, worst: int, step: int) -> None
     """Put every picture there is data for on the page *Images*."""
     pictures = {"stages/timeline": figures.stage_timeline(record)} if record.switches else {}
     if record.measured:
-        pictures["heat_map/error"] = figures.error_heat_map(record)
+        for name, title, value in _ERROR_MAPS:
+            pictures[name] = figures.error_heat_map(record, title, value)
         if any(e.mismatch_rate is not None for epoch in record.measured for e in epoch.layers):
             pictures["heat_map/mismatch"] = figures.mismatch_heat_map(record)
     sites = [item.error.site for item in advise(record, worst)]

@@ -113,8 +113,8 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.saturation > _SATURATED,
         lambda f: (
             f"The activation of {f.layer.label} saturates {f.saturation:.1%}: let its range reach "
-            "further (raise its output limit, or range='absmax'), or give it "
-            f"{f.wider} bits with {f.override}."
+            "further (raise its output limit or its fixed range, or use range='absmax'). If the "
+            f"coarser step costs too much, use {f.wider} bits with {f.override}."
         ),
     ),
     Rule(
@@ -268,8 +268,8 @@ def markdown(advice: Sequence[Advice], outputs: OutputErrors) -> str:
     lines = [
         judge_outputs(outputs),
         "",
-        "| layer | noise | of its own | SQNR | isolated | saturated | integers differ | advice |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer | noise | of its own | saturated | advice |",
+        "|---|---|---|---|---|",
     ]
     for item in advice:
         row = item.error
@@ -277,10 +277,7 @@ def markdown(advice: Sequence[Advice], outputs: OutputErrors) -> str:
             f"`{row.site}`",
             f"{row.noise:.1%}",
             f"{row.isolated_noise:.1%}",
-            f"{row.sqnr:.1f} dB",
-            f"{row.isolated_sqnr:.1f} dB",
-            "" if row.saturation is None else f"{row.saturation:.2%}",
-            "" if row.mismatch_rate is None else f"{row.mismatch_rate:.2%}",
+            "" if row.saturation is None else f"{row.saturation:.1%}",
             f"**{item.rule}**: {item.text}",
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -68,23 +68,18 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def error_heat_map(record: RunRecord) -> Figure:
-    """Draw SQNR against float by layer and epoch: accumulated, and of each layer alone."""
+def error_heat_map(record: RunRecord, title: str, value: Callable[[LayerError], float]) -> Figure:
+    """Draw SQNR against float, in dB, by layer and epoch."""
     layers = record.measured_layers[:_MOST_ROWS]
-    figure = new_figure(_map_width(record, 2), _map_height(layers))
-    left, right = figure.subplots(1, 2, sharey=True)
-    both = [(lambda e: e.sqnr), (lambda e: e.isolated_sqnr)]
-    values = [_table(record, layers, value) for value in both]
-    low = min(float(np.nanmin(table)) for table in values)
-    high = max(float(np.nanmax(table)) for table in values)
-    for axes, table, title in (
-        (left, values[0], "accumulated: through the whole chain"),
-        (right, values[1], "isolated: the layer alone"),
-    ):
-        image = _heat_map(axes, table, title, "{:.0f}", "viridis", low, high)
-    _name_axes(left, record, layers)
-    _name_axes(right, record, [])
-    bar = figure.colorbar(image, ax=(left, right), pad=0.01, fraction=0.03)
+    figure = new_figure(_map_width(record), _map_height(layers))
+    axes = figure.subplots()
+    # Both maps have one scale, so that they compare.
+    both = [error for epoch in record.measured for error in epoch.layers]
+    ratios = [x for e in both for x in (e.sqnr, e.isolated_sqnr) if math.isfinite(x)]
+    limits = min(ratios, default=0.0), max(ratios, default=1.0)
+    image = _heat_map(axes, _table(record, layers, value), title, "{:.0f}", "viridis", *limits)
+    _name_axes(axes, record, layers)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
     bar.set_label("SQNR against float [dB]\n20 dB: 10 % noise, 40 dB: 1 %")
     return figure
 
@@ -92,7 +87,7 @@ def error_heat_map(record: RunRecord) -> Figure:
 def mismatch_heat_map(record: RunRecord) -> Figure:
     """Draw the share of integer codes that differ from fake-quant by layer and epoch."""
     layers = record.measured_layers[:_MOST_ROWS]
-    figure = new_figure(_map_width(record, 1), _map_height(layers))
+    figure = new_figure(_map_width(record), _map_height(layers))
     axes = figure.subplots()
     table = _table(record, layers, lambda e: e.mismatch_rate) * 1e6
     high = max(float(np.nanmax(table)) if np.isfinite(table).any() else 0.0, 1.0)
@@ -187,8 +182,7 @@ def _name_axes(axes: Axes, record: RunRecord, layers: Sequence[Layer]) -> None:
     every = math.ceil(len(epochs) / 20)
     axes.set_xticks(range(0, len(epochs), every), [str(e) for e in epochs[::every]], fontsize=8)
     axes.set_xlabel("epoch")
-    if layers:
-        axes.set_yticks(range(len(layers)), [layer.label for layer in layers], fontsize=8)
+    axes.set_yticks(range(len(layers)), [layer.label for layer in layers], fontsize=8)
 
 
 def _table(
@@ -205,8 +199,8 @@ def _table(
     return table
 
 
-def _map_width(record: RunRecord, panels: int) -> float:
-    return 3.0 + panels * min(max(2.6, 0.34 * len(record.measured)), 7.0)
+def _map_width(record: RunRecord) -> float:
+    return 3.2 + min(max(2.6, 0.34 * len(record.measured)), 7.0)
 
 
 def _map_height(layers: Sequence[Layer]) -> float:

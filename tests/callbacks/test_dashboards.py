@@ -30,6 +30,7 @@ from lightning_linger.callbacks.dashboard import Budget, primary_metric
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.dashboard.run_log import FILE_NAME, read_run
 from lightning_linger.simulate.integer import number_system
+from tests.browser import chromium, tensorboard, wait_for_elements, wait_for_text
 from tests.callbacks.boring import Classifier, fitted, loader, trainer
 
 SITES = ("stem/conv2d/0", "conv/conv2d/0", "/add/0", "/mean/0", "fc/linear/0")
@@ -176,7 +177,8 @@ def test_the_run_is_a_row_of_hparams(shown: Shown) -> None:
         content[metadata.SESSION_START_INFO_TAG].plugin_data.content
     )
     assert start.hparams["platform"].string_value == "venusa"
-    assert start.hparams["Quantize.weight_bits"].string_value == "8"
+    assert start.hparams["bits (weight/input/output)"].string_value == "8/8/8"
+    assert start.hparams["stages"].string_value == "FuseBN, Normalize, Quantize"
     experiment = metadata.parse_experiment_plugin_data(
         content[metadata.EXPERIMENT_TAG].plugin_data.content
     )
@@ -210,7 +212,8 @@ def test_the_graph_is_the_quantized_model(shown: Shown) -> None:
 def test_the_pictures_are_drawn_at_the_end(shown: Shown) -> None:
     from PIL import Image
 
-    tags = ("stages/timeline", "heat_map/error", "heat_map/mismatch", "values/worst_layers")
+    maps = ("heat_map/error", "heat_map/error_isolated", "heat_map/mismatch")
+    tags = (*maps, "stages/timeline", "values/worst_layers")
     assert set(shown.events.Tags()["images"]) == set(tags)
     for tag in tags:
         images = shown.events.Images(tag)
@@ -257,6 +260,26 @@ def test_histograms_count_the_values_of_the_last_validation(shown: Shown) -> Non
     assert sum(histogram.reference) == logits.numel()
     step = 2.0 ** shown.scalars("exponent/fc/linear/0")[9]
     assert (histogram.low, histogram.high) == (-128 * step, 127 * step)
+
+
+def test_tensorboard_shows_all_of_it_in_a_browser(shown: Shown) -> None:
+    with tensorboard(shown.folder.parent) as address, chromium() as browser:
+        browser.get(f"{address}#custom_scalars")
+        wait_for_text(browser, "Overview", "All layers", "Layers: stem", "the metric, by stage")
+        assert wait_for_elements(browser, "tf-custom-scalar-multi-line-chart-card", 12) >= 12
+        # At least one drawn line per site.
+        wait_for_elements(browser, 'path.line[d^="M"]', len(SITES))
+        for tab, texts in (
+            ("images", ("heat_map/error", "heat_map/mismatch")),
+            ("text", ("worst_layers", "of the decisions", "fc/linear/0")),
+            ("graphs", ("stem", "fc", "mean")),
+            ("hparams", ("metric/QAT", "venusa", "8/8/8")),
+        ):
+            browser.get("about:blank")
+            browser.get(f"{address}#{tab}")
+            wait_for_text(browser, *texts)
+            if tab == "images":
+                assert wait_for_elements(browser, "img", 3) >= 3
 
 
 def test_no_bit_changes_because_the_run_is_watched(tmp_path: Path) -> None:
