@@ -114,7 +114,8 @@ class Dashboard:
         sites = charted_sites(module)
         platform, exact = planned_target(module)
         self.record = RunRecord(
-            name=folder.name if folder is not None else "",
+            # Lightning calls every folder `version_0`; the one above it tells them apart.
+            name="/".join(folder.parts[-2:]) if folder is not None else "",
             platform=platform,
             exact=exact,
             settings=settings_of(instrumentation_of(module).plans),

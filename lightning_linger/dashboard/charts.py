@@ -132,7 +132,8 @@ def value_histogram(histogram: ValueHistogram) -> Chart:
     """Return how float and quantized values of a layer lie, with the clip limits."""
     edges = histogram.edges
     middles = [rounded((left + right) / 2) for left, right in pairwise(edges)]
-    title = f"clip limits {histogram.low:.4g} and {histogram.high:.4g}"
+    limits_text = f"clip limits {histogram.low:.4g} and {histogram.high:.4g}"
+    title = f"{limits_text}; the outermost bars count all beyond"
     limits = [
         {
             "type": "line",

@@ -113,18 +113,18 @@ class QuantError(_PerSite):
             high: Value of the highest code.
             step: Step of the grid.
         """
-        fake, reference = fake.double(), reference.double()
-        isolated_reference = isolated_reference.double()
+        fake, reference = _wide(fake), _wide(reference)
+        isolated_reference = _wide(isolated_reference)
         # A grid that begins at zero has no lower end to saturate at.
         at_end = (fake >= high).sum() + ((fake <= low) & (fake < 0)).sum()
         self._add(
             site,
-            signal=reference.square().sum(),
-            noise=(fake - reference).square().sum(),
-            isolated_signal=isolated_reference.square().sum(),
-            isolated_noise=(fake - isolated_reference).square().sum(),
-            dot=(fake * reference).sum(),
-            power=fake.square().sum(),
+            signal=_product(reference, reference),
+            noise=_energy(fake - reference),
+            isolated_signal=_energy(isolated_reference),
+            isolated_noise=_energy(fake - isolated_reference),
+            dot=_product(fake, reference),
+            power=_product(fake, fake),
             saturated=at_end,
             elements=fake.numel(),
             exponent=torch.log2(step.double()) if isinstance(step, Tensor) else math.log2(step),
@@ -136,6 +136,7 @@ class QuantError(_PerSite):
         sqnr = decibel(self.signal, self.noise)
         scale = (self.signal * self.power).sqrt()
         cosine = torch.where(scale > 0, self.dot / scale.clamp_min(1e-300), torch.ones_like(scale))
+        cosine = cosine.clamp(-1.0, 1.0)
         share = self.saturated / self.elements.clamp_min(1)
         exponent = self.exponent / self.updates.clamp_min(1)
         isolated = decibel(self.isolated_signal, self.isolated_noise)
@@ -237,24 +238,25 @@ class Divergence(_PerSite):
             reference: Result of the float chain.
             isolated_reference: Result of the float op on the fake-quant input.
         """
-        fake, integer, isolated = fake.double(), integer.double(), isolated.double()
-        reference, isolated_reference = reference.double(), isolated_reference.double()
+        fake, integer, isolated = _wide(fake), _wide(integer), _wide(isolated)
+        reference, isolated_reference = _wide(reference), _wide(isolated_reference)
+        error, isolated_error = integer - reference, isolated - isolated_reference
         self._add(
             site,
             elements=fake.numel(),
             mismatches=(integer != fake).sum(),
             isolated_mismatches=(isolated != fake).sum(),
-            signal=reference.square().sum(),
-            noise=(integer - reference).square().sum(),
-            isolated_signal=isolated_reference.square().sum(),
-            isolated_noise=(isolated - isolated_reference).square().sum(),
+            signal=_energy(reference),
+            noise=_energy(error),
+            isolated_signal=_energy(isolated_reference),
+            isolated_noise=_energy(isolated_error),
         )
         self._raise_to(
             site,
-            max_lsb=_largest((integer - fake) / step),
-            isolated_max_lsb=_largest((isolated - fake) / step),
-            max_error=_largest(integer - reference),
-            isolated_max_error=_largest(isolated - isolated_reference),
+            max_lsb=_largest(integer - fake) / step,
+            isolated_max_lsb=_largest(isolated - fake) / step,
+            max_error=_largest(error),
+            isolated_max_error=_largest(isolated_error),
         )
 
     def compute(self) -> Tensor:
@@ -331,11 +333,11 @@ class OutputError(Metric):
             result: In the number system that is judged.
             reference: In the number system that is right.
         """
-        result, reference = result.double(), reference.double()
+        result, reference = _wide(result), _wide(reference)
         self.elements += result.numel()
         self.differing += (result != reference).sum()
-        self.signal += reference.square().sum()
-        self.noise += (result - reference).square().sum()
+        self.signal += _energy(reference)
+        self.noise += _energy(result - reference)
         dim = self.class_dim
         if result.numel() and -result.dim() <= dim < result.dim() > 1 and result.shape[dim] > 1:
             decided = reference.argmax(dim)
@@ -357,5 +359,24 @@ class OutputError(Metric):
         return OutputRow(round(elements), share, sqnr, round(decisions), changed)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return values whose squares neither overflow nor vanish, as they are where they can be."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _energy(x: Tensor) -> Tensor:
+    # One pass over memory, which is what these statistics cost; four digits make a decibel.
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm.double().square()
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    # Pairwise sums: the cosine is a difference of nearly equal numbers.
+    return (x * y).sum().double()
+
+
 def _largest(x: Tensor) -> Tensor:
-    return x.abs().max() if x.numel() else x.new_zeros(())
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float64)
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).double()

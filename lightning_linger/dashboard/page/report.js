@@ -112,7 +112,7 @@
         height: 290, margin: { l: 50, r: 65, t: 10, b: 40 },
         xaxis: { title: { text: "epoch" }, tick0: layer.epochs[0], dtick: Math.ceil(layer.epochs.length / 8) },
         yaxis: { title: { text: "dB" }, rangemode: "tozero" },
-        yaxis2: { title: { text: "saturated" }, overlaying: "y", side: "right", tickformat: ".2~%", range: [0, saturated], nticks: 6, showgrid: false },
+        yaxis2: { title: { text: "saturated" }, overlaying: "y", side: "right", tickformat: ".2~%", range: [0, saturated], tickmode: "auto", nticks: 6, showgrid: false },
         legend: { orientation: "h", y: 1.2 },
       },
     };
