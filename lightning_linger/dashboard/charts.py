@@ -132,8 +132,10 @@ def value_histogram(histogram: ValueHistogram) -> Chart:
     """Return how float and quantized values of a layer lie, with the clip limits."""
     edges = histogram.edges
     middles = [rounded((left + right) / 2) for left, right in pairwise(edges)]
-    limits_text = f"clip limits {histogram.low:.4g} and {histogram.high:.4g}"
-    title = f"{limits_text}; the outermost bars count all beyond"
+    title = (
+        f"clip limits {histogram.low:.4g} and {histogram.high:.4g}"
+        f"<br>{histogram.clipped:.1%} of the float values lie beyond"
+    )
     limits = [
         {
             "type": "line",
@@ -174,7 +176,7 @@ def value_histogram(histogram: ValueHistogram) -> Chart:
             "yaxis": {"type": "log", "title": {"text": "values"}},
             "xaxis": {"title": {"text": title}},
             "legend": {"orientation": "h", "y": 1.15},
-            "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+            "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
         },
     }
 

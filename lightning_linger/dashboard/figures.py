@@ -151,7 +151,8 @@ def _draw_histogram(axes: Axes, histogram: ValueHistogram, layer: Layer) -> None
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_title(f"{layer.label}  [{histogram.low:.4g}, {histogram.high:.4g}]", fontsize=9)
+    limits = f"{histogram.low:.4g} to {histogram.high:.4g}, {histogram.clipped:.1%} clipped"
+    axes.set_title(f"{layer.label}: {limits}", fontsize=9)
     axes.tick_params(labelsize=8)
 
 

@@ -353,6 +353,8 @@ class OutputError(Metric):
 
     def row(self) -> OutputRow | None:
         """Return what was found, None without an update; a single transfer from the device."""
+        if not self.update_called:
+            return None
         elements, share, sqnr, decisions, changed = self.compute().tolist()
         if not elements:
             return None
