@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import integer_conv, kernels, recurrent, trainer_overhead, training
+from benchmarks import dashboards, integer_conv, kernels, recurrent, trainer_overhead, training
 from benchmarks.measure import Effort, Row, Spread
 
 # Spinning OpenMP threads make a busy machine many times slower, and they inflate CPU time.
@@ -22,6 +22,7 @@ SECTIONS: dict[str, Callable[[Effort], list[Row]]] = {
     "kernels": kernels.measure,
     "integer_conv": integer_conv.measure,
     "trainer": trainer_overhead.measure,
+    "dashboards": dashboards.measure,
 }
 
 

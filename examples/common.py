@@ -29,6 +29,7 @@ from lightning_linger.export.verify import engine_of
 from lightning_linger.platforms import PLATFORMS, platform_of
 
 Results = dict[str, float]
+Overrides = Mapping[str, Mapping[str, object]]
 
 ACCURACIES = ("float", "constrained", "QAT", "integer", "exported")
 COMPARISONS = ("fake_vs_integer", "integer_vs_exported")
@@ -155,6 +156,7 @@ def train(
     epochs: int,
     onnx: Path,
     checkpoint: Path,
+    overrides: Overrides | None = None,
 ) -> Results:
     """Train for one platform: in float, with limits, then on the integer grid.
 
@@ -166,6 +168,7 @@ def train(
         epochs: Number of epochs.
         onnx: Where to export to.
         checkpoint: Where to save.
+        overrides: What single layers are quantized with instead.
 
     Returns:
         Accuracies on the test data, and how many of its logits differ.
@@ -184,7 +187,7 @@ def train(
         callbacks=[
             FuseBNCallback(at_epoch=constrain_at),
             NormalizeCallback(at_epoch=constrain_at, weight=LIMIT, bias=LIMIT, output=LIMIT),
-            QuantizeCallback(at_epoch=quantize_at, platform=platform),
+            QuantizeCallback(at_epoch=quantize_at, platform=platform, overrides=overrides),
             IntegerValidatorCallback(),
             QuantErrorCallback(),
             ONNXExportCallback(onnx, dialect=dialect),
@@ -234,6 +237,7 @@ def run(
     name: str,
     epochs: int,
     shares: tuple[int, int, int] = SHARES,
+    overrides: Overrides | None = None,
 ) -> dict[str, Results]:
     """Train, prove and export a new model for every target, and print what came of it.
 
@@ -246,6 +250,7 @@ def run(
         name: What the checkpoints' names start with.
         epochs: Epochs per target.
         shares: How the stages divide the epochs.
+        overrides: What single layers are quantized with instead.
     """
     starts = (
         epochs * shares[0] // sum(shares),
@@ -256,7 +261,7 @@ def run(
         pl.seed_everything(0, verbose=False)
         checkpoint = out / f"{name}.{platform}.ckpt"
         results[platform] = train(
-            make_model(), data, platform, starts, epochs, out / onnx, checkpoint
+            make_model(), data, platform, starts, epochs, out / onnx, checkpoint, overrides
         )
     console = Console()
     print_table(console, title, results)
@@ -266,6 +271,8 @@ def run(
     for platform, onnx in targets.items():
         console.print(f"  {platform}: {onnx}, {name}.{platform}.ckpt")
     console.print(f"Dashboards: tensorboard --logdir {out / 'tensorboard'}")
+    first = out / "tensorboard" / next(iter(targets))
+    console.print(f"A page to hand on: lightning-linger report {first} -o report.html")
     return results
 
 

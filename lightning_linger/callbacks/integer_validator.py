@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_linger.callbacks.dashboard import Findings
 from lightning_linger.callbacks.logging import log_values
 from lightning_linger.callbacks.replay import ReplayCallback, log_aggregate
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
-from lightning_linger.simulate.metrics import Divergence, DivergenceRow
+from lightning_linger.simulate.metrics import Divergence, DivergenceRow, OutputError, OutputRow
 
 
 class IntegerValidatorCallback(ReplayCallback):
@@ -16,43 +17,60 @@ class IntegerValidatorCallback(ReplayCallback):
 
     On some validation batches every site runs in integers, once in the real chain of integers
     (accumulated) and once on the fake-quant input (isolated); mismatching codes, and the error
-    against float, go to every logger. A table of the worst sites is printed at the end of ``fit``.
+    against float, go to every logger. TensorBoard and the run's folder get what
+    :class:`QuantErrorCallback` gives them, without the histograms. A table of the worst sites is
+    printed at the end of ``fit``.
 
     Logged aggregates, which a checkpoint may monitor: ``integer/mismatches`` (codes that differ),
-    ``integer/mismatch_rate`` and ``integer/worst_sqnr`` (dB).
+    ``integer/mismatch_rate``, ``integer/worst_sqnr`` (dB), and of the model's output against
+    fake-quant ``integer/output_mismatch_rate`` and ``integer/decisions_changed`` (shares).
 
     Args:
         batches: How many validation batches of an epoch run in integers.
         every_n_epochs: Only in every n-th epoch.
         rows: How many sites the final table shows.
+        class_dim: Dimension of the model's output over which a decision takes the largest value.
     """
 
-    def __init__(self, batches: int = 1, every_n_epochs: int = 1, rows: int = 5) -> None:
-        super().__init__(batches, every_n_epochs)
+    def __init__(
+        self, batches: int = 1, every_n_epochs: int = 1, rows: int = 5, class_dim: int = 1
+    ) -> None:
+        super().__init__(batches, every_n_epochs, class_dim)
         self.rows = rows
         self.latest: list[DivergenceRow] = []
+        self.latest_output: OutputRow | None = None
+        self._measured = False
         self._meter: Divergence | None = None
+        self._outputs = OutputError(class_dim)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin without findings."""
+        self._measured = False
 
     def begin(self, module: Any) -> None:
         """Start with nothing counted."""
         self._meter = Divergence(measured_sites(module)).to(module.device)
+        self._outputs = OutputError(self.class_dim).to(module.device)
 
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare the number systems."""
         if self._meter is not None:
-            measure_divergence(module, forward, self._meter)
+            measure_divergence(module, forward, self._meter, self._outputs)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Reduce over ranks and log."""
         if self._meter is None:
             return
         self.latest = self._meter.rows()
+        self.latest_output = self._outputs.row()
         self._meter = None
         if not self.latest:
             return
+        self._measured = True
         values: dict[str, float] = {}
         for row in self.latest:
             values[f"mismatch/{row.site}"] = row.mismatch_rate
+            values[f"mismatch_isolated/{row.site}"] = row.isolated_mismatch_rate
             values[f"integer_sqnr/{row.site}"] = row.sqnr
             values[f"integer_sqnr_isolated/{row.site}"] = row.isolated_sqnr
             values[f"integer_max_error/{row.site}"] = row.max_error
@@ -60,13 +78,27 @@ class IntegerValidatorCallback(ReplayCallback):
         log_values(trainer, values)
         mismatches = sum(row.mismatches for row in self.latest)
         elements = sum(row.elements for row in self.latest)
-        log_aggregate(pl_module, "integer/mismatches", float(mismatches))
-        log_aggregate(pl_module, "integer/mismatch_rate", mismatches / max(elements, 1))
-        worst = min(row.sqnr for row in self.latest)
-        log_aggregate(pl_module, "integer/worst_sqnr", worst)
+        aggregates = {
+            "mismatches": float(mismatches),
+            "mismatch_rate": mismatches / max(elements, 1),
+            "worst_sqnr": min(row.sqnr for row in self.latest),
+        }
+        if self.latest_output is not None:
+            aggregates["output_mismatch_rate"] = self.latest_output.differing
+            if self.latest_output.decisions:
+                aggregates["decisions_changed"] = self.latest_output.changed
+        for name, value in aggregates.items():
+            log_aggregate(pl_module, f"integer/{name}", value)
+
+    def contribute(self, findings: Findings) -> None:
+        """Add the differences of this validation."""
+        if self._measured:
+            findings.integers = self.latest
+            findings.integer_output = self.latest_output
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Print the worst sites."""
+        """Show the end of the run, and print the worst sites."""
+        super().on_fit_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         if self.latest:

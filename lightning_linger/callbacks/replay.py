@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning_linger.callbacks._compat import Callback
-from lightning_linger.callbacks.logging import DASHBOARD, show_layout
+from lightning_linger.callbacks.dashboard import Dashboard, Findings
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
+from lightning_linger.simulate.divergence import Forward
 
 
 class ReplayCallback(Callback):  # type: ignore[misc]
@@ -17,12 +18,15 @@ class ReplayCallback(Callback):  # type: ignore[misc]
     What is repeated are the calls the user's own step made, with their inputs: no second
     ``validation_step``, no second log.
 
+    The last of these callbacks in a Trainer shows what all of them found.
+
     Args:
         batches: How many validation batches of an epoch are repeated.
         every_n_epochs: Only in every n-th epoch.
+        class_dim: Dimension of the model's output over which a decision takes the largest value.
     """
 
-    def __init__(self, batches: int, every_n_epochs: int) -> None:
+    def __init__(self, batches: int, every_n_epochs: int, class_dim: int) -> None:
         super().__init__()
         for name, value in (("batches", batches), ("every_n_epochs", every_n_epochs)):
             if not isinstance(value, int) or value < 1:
@@ -30,18 +34,36 @@ class ReplayCallback(Callback):  # type: ignore[misc]
                 raise ConfigError(msg)
         self.batches = batches
         self.every_n_epochs = every_n_epochs
+        self.class_dim = class_dim
+        self._dashboard: Dashboard | None = None
 
     def begin(self, module: Any) -> None:
         """Prepare for the batches of an epoch; called on every rank, whatever data it has."""
         raise NotImplementedError
 
-    def replay(self, trainer: Any, module: Any, forward: Callable[[], None]) -> None:
-        """Use the repeated forward."""
+    def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
+        """Use the repeated forward, which returns what the model returns."""
+        raise NotImplementedError
+
+    def contribute(self, findings: Findings) -> None:
+        """Add what this validation found."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lay out the dashboard."""
-        show_layout(trainer, DASHBOARD)
+        """Open the dashboard."""
+        if _replaying(trainer)[-1] is not self or trainer.fast_dev_run:
+            return
+        # The folder is broadcast: every rank has to ask for it.
+        folder = trainer.log_dir if trainer.loggers else None
+        if trainer.is_global_zero and is_prepared(pl_module):
+            resumed = bool(trainer.ckpt_path) or trainer.current_epoch > 0
+            where = Path(folder) if folder is not None else None
+            self._dashboard = Dashboard(trainer, pl_module, where, resumed)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Note which stages are on."""
+        if self._dashboard is not None:
+            self._dashboard.note_stages(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start counting."""
@@ -70,9 +92,9 @@ class ReplayCallback(Callback):  # type: ignore[misc]
         instrumentation = instrumentation_of(pl_module)
         calls, instrumentation.calls = instrumentation.calls, None
 
-        def forward() -> None:
-            for call in calls or ():
-                call()
+        def forward() -> Any:
+            results = [call() for call in calls or ()]
+            return results[-1] if results else None
 
         try:
             self.replay(trainer, pl_module, forward)
@@ -81,9 +103,20 @@ class ReplayCallback(Callback):  # type: ignore[misc]
             instrumentation.calls = calls
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop noting."""
+        """Stop noting, and show what was found."""
         if is_prepared(pl_module):
             instrumentation_of(pl_module).calls = None
+        if self._dashboard is not None and not trainer.sanity_checking:
+            findings = Findings()
+            for callback in _replaying(trainer):
+                callback.contribute(findings)
+            self._dashboard.show_epoch(trainer, pl_module, findings)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the end of the run."""
+        if self._dashboard is not None:
+            self._dashboard.close(trainer)
+            self._dashboard = None
 
     def _wanted(self, trainer: Any, module: Any, batch_idx: int) -> bool:
         return (
@@ -93,6 +126,10 @@ class ReplayCallback(Callback):  # type: ignore[misc]
             and batch_idx < self.batches
             and trainer.current_epoch % self.every_n_epochs == 0
         )
+
+
+def _replaying(trainer: Any) -> list[ReplayCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, ReplayCallback)]
 
 
 def log_aggregate(module: Any, name: str, value: float) -> None:

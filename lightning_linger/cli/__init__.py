@@ -20,11 +20,22 @@ from lightning_linger.cli import (
     export,
     inspect,
     repair,
+    report,
     verify,
 )
 from lightning_linger.core.errors import LingerError
 
-_SUBCOMMANDS = (analyse, check, convert_checkpoint, diff_dumps, export, inspect, repair, verify)
+_SUBCOMMANDS = (
+    analyse,
+    check,
+    convert_checkpoint,
+    diff_dumps,
+    export,
+    inspect,
+    repair,
+    report,
+    verify,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

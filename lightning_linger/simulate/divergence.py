@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_linger.core.fake_quantize import Bound
 from lightning_linger.core.instrumentation import (
     Event,
     Instrumentation,
@@ -20,7 +21,14 @@ from lightning_linger.core.quantizer import Window
 from lightning_linger.core.sites import Site, real_values
 from lightning_linger.core.tags import tag_of
 from lightning_linger.simulate.integer import number_system
-from lightning_linger.simulate.metrics import Divergence, DivergenceRow, QuantError, QuantErrorRow
+from lightning_linger.simulate.metrics import (
+    Divergence,
+    DivergenceRow,
+    OutputError,
+    QuantError,
+    QuantErrorRow,
+)
+from lightning_linger.simulate.samples import ValueSamples
 
 Forward = Callable[[], Any]
 
@@ -71,11 +79,20 @@ def forward_of(model: nn.Module, batch: Any) -> Forward:
 
 
 @torch.no_grad()
-def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) -> None:
-    """Run ``forward`` in all three number systems and add what differs to ``meter``."""
+def measure_divergence(
+    model: nn.Module, forward: Forward, meter: Divergence, outputs: OutputError | None = None
+) -> None:
+    """Run ``forward`` in all three number systems and add what differs to ``meter``.
+
+    Args:
+        model: A quantized model in evaluation mode.
+        forward: Runs the model and returns its output.
+        meter: Takes the differences per site.
+        outputs: Takes the integer output against the fake-quant one.
+    """
     instrumentation = instrumentation_of(model)
-    references = _results(model, forward, "float")
-    integers = _results(model, forward, "integer")
+    references, _ = _results(model, forward, "float")
+    integers, returned = _results(model, forward, "integer")
 
     def compare(event: Event) -> None:
         key, fake = event.site.key, main_result(event.result)
@@ -91,7 +108,7 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
         window = _window(event.site)
         meter.update(
             key,
-            float(tag.step) if tag is not None else 1.0,
+            tag.step if tag is not None else 1.0,
             fake,
             integers[key],
             isolated,
@@ -100,32 +117,54 @@ def measure_divergence(model: nn.Module, forward: Forward, meter: Divergence) ->
         )
 
     with number_system(model, "fake"), _tapped(instrumentation, compare):
-        forward()
+        _compare_outputs(outputs, returned, forward())
 
 
 @torch.no_grad()
-def measure_quant_error(model: nn.Module, forward: Forward, meter: QuantError) -> None:
-    """Run ``forward`` in float and in fake-quant and add the errors to ``meter``."""
+def measure_quant_error(
+    model: nn.Module,
+    forward: Forward,
+    meter: QuantError,
+    outputs: OutputError | None = None,
+    samples: ValueSamples | None = None,
+) -> None:
+    """Run ``forward`` in float and in fake-quant and add the errors to ``meter``.
+
+    Args:
+        model: A quantized model in evaluation mode.
+        forward: Runs the model and returns its output.
+        meter: Takes the errors per site.
+        outputs: Takes the fake-quant output against the float one.
+        samples: Takes values of each site.
+    """
     instrumentation = instrumentation_of(model)
-    references = _results(model, forward, "float")
+    references, returned = _results(model, forward, "float")
 
     def compare(event: Event) -> None:
         key, result = event.site.key, main_result(event.result)
         tag = tag_of(result)
         if result is None or tag is None or _passes_through(event) or key not in references:
             return
-        step = float(tag.step)
-        low, high = -(2 ** (tag.bits - 1)), 2 ** (tag.bits - 1) - 1
+        alone = main_result(event.run_float())
+        if alone is None:
+            return
+        step = tag.step
+        low: Bound = -(2 ** (tag.bits - 1))
+        high: Bound = 2 ** (tag.bits - 1) - 1
         if event.site.output is not None:
-            low, high = (int(code) for code in event.site.output.code_bounds(step))
-        reference = _inside(references[key], _window(event.site))
-        meter.update(key, result, reference, low * step, high * step, step)
+            low, high = event.site.output.code_bounds(step)
+        window = _window(event.site)
+        reference = _inside(references[key], window)
+        meter.update(key, result, reference, _inside(alone, window), low * step, high * step, step)
+        if samples is not None:
+            samples.add(key, reference, result, low * step, high * step)
 
     with number_system(model, "fake"), _tapped(instrumentation, compare):
-        forward()
+        _compare_outputs(outputs, forward(), returned)
 
 
-def _results(model: nn.Module, forward: Forward, system: str) -> dict[str, Tensor]:
+def _results(model: nn.Module, forward: Forward, system: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the result of every site, and what the model returned."""
     found: dict[str, Tensor] = {}
 
     def keep(event: Event) -> None:
@@ -135,8 +174,16 @@ def _results(model: nn.Module, forward: Forward, system: str) -> dict[str, Tenso
             found[event.site.key] = real_values(result).detach().clone()
 
     with number_system(model, system), _tapped(instrumentation_of(model), keep):
-        forward()
-    return found
+        returned = forward()
+    return found, returned
+
+
+def _compare_outputs(meter: OutputError | None, result: Any, reference: Any) -> None:
+    if meter is None:
+        return
+    ours, right = main_result(result), main_result(reference)
+    if ours is not None and right is not None:
+        meter.update(real_values(ours), real_values(right))
 
 
 def _isolated(instrumentation: Instrumentation, event: Event) -> Tensor | None:
