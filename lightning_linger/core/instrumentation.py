@@ -18,6 +18,7 @@ from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
     changes,
@@ -245,6 +246,7 @@ class Instrumentation(nn.Module):
         sites: The sites by key; every key of the ``state_dict`` below starts with ``_linger.``.
         graph: The recorded dataflow.
         noise: Random numbers of stochastic rounding, None without.
+        learned: The learned ranges, which are submodules of sites.
         tap: Called after each site ran, None to call nothing.
         calls: Collects the outermost module calls, the first one only while every stage is off;
             None to collect nothing.
@@ -260,6 +262,8 @@ class Instrumentation(nn.Module):
         self.stack: list[Activation] = []
         self.site = nn.ModuleDict()
         self.noise: Noise | None = None
+        self.learned: list[LearnedScale] = []
+        self._learned_versions: list[tuple[int, int]] = []
         self._mode: Any = _Mode(self)
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
@@ -423,7 +427,16 @@ class Instrumentation(nn.Module):
         )
         if self.noise is not None and self.noise.training and not self.switches.recomputing:
             self.noise.advance()
+        if self.learned and not self.training and not torch.compiler.is_compiling():
+            self._follow_learned()
         self._mode.__enter__()
+
+    def _follow_learned(self) -> None:
+        """Forget what evaluation derived where learned ranges have changed since (averaging)."""
+        versions = [(x.value.data_ptr(), x.value._version) for x in self.learned]
+        if versions != self._learned_versions:
+            self._learned_versions = versions
+            self.thaw()
 
     def end(self, output: Any, path: str) -> Any:
         """Leave the mode. Integers become real values, which keep their tag."""

@@ -614,8 +614,6 @@ def _is_valid(found: Prepared, site: Site, call: Any) -> bool:
 def _validity(site: Site, call: Any) -> tuple[Any, ...]:
     bn: Any = site.active_fold
     tensors = [None if site.weight_is_computed else call.weight, call.bias]
-    if site.learned_weight is not None:
-        tensors.append(site.learned_weight.value)
     if bn is not None:
         tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
     return (versions_of(tensors), site.switches.fuse, site.switches.normalize)

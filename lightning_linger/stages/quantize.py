@@ -130,6 +130,9 @@ class _Planner:
             if site.quantized and site.output is not None:
                 self._look_ahead(site)
         self._share_noise()
+        self.instrumentation.learned = [
+            module for module in self.instrumentation.modules() if isinstance(module, LearnedScale)
+        ]
 
     def _share_noise(self) -> None:
         """Give what rounds stochastically the model's random numbers."""

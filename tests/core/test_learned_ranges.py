@@ -326,6 +326,22 @@ def test_a_checkpoint_continues_with_the_same_bits() -> None:
     assert torch.equal(other.eval()(x), model.eval()(x))
 
 
+def test_evaluation_follows_parameters_that_are_swapped() -> None:
+    """Averaging callbacks put other values into a model that is in evaluation."""
+    model, x = trained(QuantConfig(range="lsq", weight_range="lsq", granularity="channel"))
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        for parameter in linger.learned_ranges(model).values():
+            parameter.mul_(2.0)
+        after = model(x)
+    assert not torch.equal(before, after)
+    assert_integer_exact(model, x)
+    fresh, _ = trained(QuantConfig(range="lsq", weight_range="lsq", granularity="channel"), 0)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(x), after)
+
+
 def test_half_models_keep_ranges_in_float32() -> None:
     model, _ = trained(tqt())
     before = {name: p.detach().clone() for name, p in linger.learned_ranges(model).items()}

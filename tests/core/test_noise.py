@@ -36,6 +36,10 @@ def test_what_is_on_the_grid_stays(codes: list[int], seed: int) -> None:
     assert torch.equal(stochastic(x, Noise(seed).uniform("here", x)), x)
 
 
+def test_the_smallest_number_moves_no_code() -> None:
+    assert stochastic(torch.tensor([3.0, 3.5, -2.0]), torch.zeros(3)).tolist() == [3.0, 4.0, -2.0]
+
+
 def test_numbers_depend_on_seed_forward_and_place_and_on_nothing_else() -> None:
     like = torch.empty(50)
     noise = Noise(3)

@@ -80,7 +80,8 @@ def test_nics5_the_sweep_takes_the_first_of_three_candidates_with_the_least_erro
     assert set(np.round(rounded(values, half, grid), 6)) == {0.125, 0.875}
     # A tie: all candidates hold zero exactly, the covering one comes first.
     assert half_range("last_l1", [0.0, 0.0], grid) == 0.0
-    assert half_range("last_l1", [1.0, 0.5], Grid(16)) == 1.0
+    # Half a step too much, or clipped: both by a quarter.
+    assert half_range("last_l1", [-0.75], Grid(2, rounding="half_even")) == 1.0
 
 
 @pytest.mark.parametrize("exponent", range(-30, 31))
@@ -290,6 +291,15 @@ def test_a_histogram_grows_without_losing_a_count(sizes: list[float]) -> None:
         expected = torch.bincount(at_once, minlength=BINS)
         # A value next to an edge may have been counted beside it while the range was smaller.
         assert int((grown.counts.cumsum(0) - expected.cumsum(0)).abs().max()) <= 41
+
+
+@pytest.mark.parametrize("doublings", range(1, 9))
+def test_a_histogram_holds_what_is_just_above_a_doubling(doublings: int) -> None:
+    """A logarithm in float32 takes such a ratio for the power of two itself."""
+    above = torch.nextafter(torch.tensor(2.0**doublings), torch.tensor(math.inf))
+    grown = Histogram.of(torch.ones(1)).with_values(above)
+    assert float(grown.top) == 2.0 ** (doublings + 1)
+    assert int(grown.counts[: BINS // 2].sum()) == 1
 
 
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.9])
