@@ -147,7 +147,9 @@ def main(
 
     console.rule("4. pack")
     exported = out / name
-    if packer.is_file():
+    if platform == "onnxruntime":
+        console.print("onnxruntime runs the file as it is.")
+    elif packer.is_file():
         packed = pack(exported, out / f"resnet.{platform}.pkg", packer)
         console.print(f"{packed.path}: {packed.path.stat().st_size} bytes for {packed.platform}")
     else:
