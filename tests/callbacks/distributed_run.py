@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import lightning_linger as linger
 from lightning_linger.callbacks import (
     FuseBNCallback,
     IntegerValidatorCallback,
@@ -46,6 +47,13 @@ class Plain(Classifier):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Learned(Classifier):
+    """Ranges are parameters."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(linger.parameter_groups(self), lr=1e-2)
 
 
 class Unused(Classifier):
@@ -130,6 +138,17 @@ def agreement(strategy: Callable[[], Any], model: Any = Classifier, **kwargs: An
         limits = {"weight": "9*mean", "output": "99%"}
         _, module = fit(folder, [*stages(1, **limits), seen], model, strategy(), epochs=3, **kwargs)
         return {"digests": seen.seen, "ranges": ranges(module)}
+
+    return scenario
+
+
+def learned(at_epoch: int, strategy: str) -> Callable[[Path], Any]:
+    def scenario(folder: Path) -> dict[str, Any]:
+        seen = Digests()
+        quantize = QuantizeCallback(at_epoch=at_epoch, range="lsq", weight_range="lsq")
+        _, module = fit(folder, [FuseBNCallback(), quantize, seen], Learned, strategy, epochs=3)
+        values = {name: x.tolist() for name, x in module.named_parameters() if "_linger" in name}
+        return {"digests": seen.seen, "learned": values}
 
     return scenario
 
@@ -255,6 +274,8 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "static graph": agreement(ddp(static_graph=True, gradient_as_bucket_view=True)),
     "find unused": agreement(ddp(find_unused_parameters=True), Unused),
     "no broadcast": agreement(ddp(broadcast_buffers=False), Plain),
+    "learned": learned(0, "ddp"),
+    "learned later": learned(1, "ddp_find_unused_parameters_true"),
     "global batch": global_batch,
     "dynamic limits": dynamic_limits,
     "estimators": estimators,

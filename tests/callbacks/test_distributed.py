@@ -73,6 +73,10 @@ def test_two_processes(tmp_path: Path) -> None:
     for name in ("ddp", "static graph", "find unused", "no broadcast", "accumulation"):
         assert len(first[name]["digests"]) == 3 * distributed_run.BATCHES, name
         assert len({ours for _, ours in first[name]["digests"][4:]}) == 8, "ranges moved"
+    for name in ("learned", "learned later"):
+        assert first[name]["learned"], name
+        weights = [weights for weights, _ in first[name]["digests"]]
+        assert len(set(weights)) == len(weights) == 3 * distributed_run.BATCHES, name
     assert first["resume"] == {"0": [], "1": []}
     assert first["condition"] == {"on": [False, True, True]}
     assert first["refused"].keys() == {"sync_batchnorm", "model parallel"}

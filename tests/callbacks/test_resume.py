@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+import lightning_linger as linger
 from lightning_linger.callbacks import (
     FuseBNCallback,
     NormalizeCallback,
@@ -66,6 +67,21 @@ class Trained(Classifier):
 
         scheduler = SCHEDULERS[self.scheduler](optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class Learned(Trained):
+    """Learned ranges in a group of their own."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(linger.parameter_groups(self), lr=1e-2)
+
+
+def learned_stages(kind: str) -> list[Any]:
+    return [FuseBNCallback(), QuantizeCallback(at_epoch=1, range=kind, weight_range=kind)]
+
+
+def chance_stages() -> list[Any]:
+    return [FuseBNCallback(at_epoch=1), QuantizeCallback(at_epoch=2, rounding="stochastic")]
 
 
 def stages() -> list[Any]:
@@ -150,6 +166,9 @@ MATRIX: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16-mixed"},
     "clipping by norm": {"gradient_clip_val": 0.1},
     "clipping by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "learned ranges": {"model": Learned, "callbacks": lambda: learned_stages("lsq")},
+    "learned powers of two": {"model": Learned, "callbacks": lambda: learned_stages("tqt")},
+    "rounding by chance": {"callbacks": chance_stages},
     "all": {
         "model": lambda: Trained("adamw", "one cycle"),
         "accumulate_grad_batches": 3,
