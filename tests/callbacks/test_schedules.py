@@ -19,6 +19,7 @@ from lightning_linger.callbacks import (
     StageSwitchCallback,
 )
 from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.stages.freeze import is_frozen
 from tests.callbacks.boring import Classifier, loader, trainer
 from tests.callbacks.test_resume import SCHEDULERS, Trained, run, unequal
 
@@ -122,7 +123,7 @@ def test_frozen_ranges_stand_still(tmp_path: Path) -> None:
     assert all(not torch.equal(first[key], second[key]) for key in first)
     assert all(torch.equal(second[key], third[key]) for key in first)
     assert all(torch.equal(third[key], fourth[key]) for key in first)
-    assert instrumentation_of(model).switches.frozen
+    assert is_frozen(model)
 
 
 def test_freezing_before_anything_was_seen_is_refused() -> None:
