@@ -236,11 +236,11 @@ def _user_metrics(trainer: Any) -> dict[str, float]:
 
 def _stage_settings(record: RunRecord) -> dict[str, str]:
     """Return what tells runs apart, few enough for a row."""
-    bits = (f"Quantize.{name}_bits" for name in ("weight", "activation", "output"))
+    bits = (f"quantize.{name}_bits" for name in ("weight", "activation", "output"))
     return {
         "platform": record.platform,
         "bits (weight/input/output)": "/".join(record.settings.get(x, "float") for x in bits),
-        "overrides": record.settings.get("Quantize.overrides", ""),
+        "overrides": record.settings.get("quantize.overrides", ""),
         "stages": ", ".join(dict.fromkeys(name.split(".")[0] for name in record.settings)),
     }
 

@@ -113,8 +113,8 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.saturation > _SATURATED,
         lambda f: (
             f"The activation of {f.layer.label} saturates {f.saturation:.1%}: let its range reach "
-            "further (raise its output limit or its fixed range, or use range='absmax'). If the "
-            f"coarser step costs too much, use {f.wider} bits with {f.override}."
+            "further (raise its output limit, percentile or fixed range, or use range='absmax'). "
+            f"If the coarser step costs too much, use {f.wider} bits with {f.override}."
         ),
     ),
     Rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -116,11 +116,11 @@ def _inputs(graph: Graph, sites: set[str]) -> dict[str, tuple[str, ...]]:
     return {site: tuple(sources) for site, sources in found.items()}
 
 
-def settings_of(plans: dict[str, Any] | None) -> dict[str, str]:
+def settings_of(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return what the stages were planned with, ``stage.argument`` to value, without defaults."""
     return {
-        f"{callback.removesuffix('Callback')}.{name}": str(value)
-        for callback, arguments in (plans or {}).items()
+        f"{stage}.{name}": str(value)
+        for stage, arguments in plans.items()
         for name, value in arguments.items()
         if value is not None
     }

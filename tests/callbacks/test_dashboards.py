@@ -178,7 +178,7 @@ def test_the_run_is_a_row_of_hparams(shown: Shown) -> None:
     )
     assert start.hparams["platform"].string_value == "venusa"
     assert start.hparams["bits (weight/input/output)"].string_value == "8/8/8"
-    assert start.hparams["stages"].string_value == "FuseBN, Normalize, Quantize"
+    assert start.hparams["stages"].string_value == "fuse_bn, normalize, quantize"
     experiment = metadata.parse_experiment_plugin_data(
         content[metadata.EXPERIMENT_TAG].plugin_data.content
     )

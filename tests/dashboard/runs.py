@@ -70,7 +70,7 @@ def run(**changed: dict[str, object]) -> RunRecord:
     return RunRecord(
         "made-up",
         "venusa",
-        settings={"Quantize.weight_bits": "8"},
+        settings={"quantize.weight_bits": "8"},
         layers=layers(),
         switches=[StageSwitch(e, 10 * e, on) for e, on in enumerate(stages[:3])],
         epochs=epochs,
