@@ -11,7 +11,7 @@ import torch
 import lightning_linger as linger
 from lightning_linger import QuantizationWarning
 from lightning_linger.callbacks import FuseBNCallback, QuantizeCallback
-from lightning_linger.callbacks._compat import MisconfigurationExceptions
+from lightning_linger.callbacks._compat import MisconfigurationException
 from lightning_linger.callbacks.optimizers import check_learned_ranges
 from tests.callbacks.boring import Classifier, fitted, loader, trainer
 
@@ -83,7 +83,7 @@ def test_an_optimizer_without_them_is_refused_with_two_lines(tmp_path: Path) -> 
         r"    groups = linger\.parameter_groups\(self\)\n"
         r"    optimizer = torch\.optim\.AdamW\(groups, lr=\.\.\.\)"
     )
-    with pytest.raises(MisconfigurationExceptions, match=expected):
+    with pytest.raises(MisconfigurationException, match=expected):
         trainer(tmp_path, stack(), 1).fit(Missing(), loader())
     # Nothing is learned, nothing is missing.
     trainer(tmp_path, [QuantizeCallback()], 1).fit(Missing(), loader())
@@ -117,7 +117,7 @@ def test_ddp_has_to_expect_ranges_that_start_late() -> None:
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]  # noqa: RUF012
 
     Strategy._ddp_kwargs = {}
-    with pytest.raises(MisconfigurationExceptions, match="ddp_find_unused_parameters_true"):
+    with pytest.raises(MisconfigurationException, match="ddp_find_unused_parameters_true"):
         check_learned_ranges(Run(), model, late=True)
     check_learned_ranges(Run(), model, late=False)
     Strategy._ddp_kwargs = {"find_unused_parameters": True}
