@@ -101,6 +101,12 @@ class Quantizer(nn.Module):
             if torch.is_grad_enabled():
                 self.learned.start()
 
+    def wanted_step(self) -> Tensor:
+        """Return the step that the range asks for, where the platform has no say."""
+        if self.learned is not None:
+            return self.learned.step()
+        return self.grid.step(self.estimator.absmax())
+
     def step(self, minimum: Scalar | None = None) -> Scalar:
         """Return the step in use.
 
@@ -116,10 +122,7 @@ class Quantizer(nn.Module):
         if self._frozen_step is not None:
             return self._frozen_step
         if not can_read(self.estimator.range):
-            if self.learned is not None:
-                step = self.learned.step()
-            else:
-                step = self.grid.step(self.estimator.absmax())
+            step = self.wanted_step()
             if minimum is None:
                 return step
             floor = torch.as_tensor(minimum, dtype=step.dtype, device=step.device)

@@ -130,7 +130,7 @@ def _scale_kind(site: Site) -> str:
 def _range(site: Site) -> str:
     if site.output is None or not site.output.known:
         return ""
-    return f"{float(site.output.estimator.absmax()):.4g}"
+    return f"{float(site.output.reach()):.4g}"
 
 
 def _scale(site: Site) -> str:
@@ -138,6 +138,6 @@ def _scale(site: Site) -> str:
         return ""
     step = site.output.latest_step
     if step is None:
-        step = float(site.output.grid.step(site.output.estimator.absmax()))
+        step = float(site.output.wanted_step())
     exponent = math.log2(step)
     return f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"

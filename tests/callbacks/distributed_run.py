@@ -32,6 +32,7 @@ from lightning_linger.callbacks import (
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.stages.learned import learned_ranges
 from tests.callbacks.boring import CLASSES, Classifier, trainer
 
 RANKS = 2
@@ -189,6 +190,16 @@ def estimators(_: Path) -> dict[str, Any]:
     return found
 
 
+def learned(folder: Path) -> dict[str, Any]:
+    """Learned ranges from the second epoch on, and rounding by chance."""
+    seen = Digests()
+    quantize = QuantizeCallback(at_epoch=1, range="tqt", weight_range="lsq", rounding="stochastic")
+    strategy = ddp(find_unused_parameters=True)()
+    _, module = fit(folder, [FuseBNCallback(), quantize, seen], strategy=strategy)
+    found = {name: x.tolist() for name, x in learned_ranges(module).items()}
+    return {"digests": seen.seen, "learned": found}
+
+
 def metrics(folder: Path) -> dict[str, Any]:
     validator, error = IntegerValidatorCallback(batches=2), QuantErrorCallback()
     saver = pl.callbacks.ModelCheckpoint(folder / "best", monitor="quant_error/worst_sqnr")
@@ -279,6 +290,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "global batch": global_batch,
     "dynamic limits": dynamic_limits,
     "estimators": estimators,
+    "learned": learned,
     "metrics": metrics,
     "export": export,
     "resume": resume,

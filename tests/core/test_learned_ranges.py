@@ -342,6 +342,17 @@ def test_evaluation_follows_parameters_that_are_swapped() -> None:
     assert torch.equal(fresh.eval()(x), after)
 
 
+def test_the_summary_shows_what_was_learned() -> None:
+    model, x = trained(QuantConfig(range="pact"))
+    with torch.no_grad():
+        for parameter in linger.learned_ranges(model).values():
+            parameter.fill_(64.0)
+    model.eval()
+    model(x)
+    rows = {row.site: row for row in linger.summary(model)}
+    assert (rows["fc/linear/0"].scale, rows["fc/linear/0"].range) == ("2^-1", "64")
+
+
 def test_half_models_keep_ranges_in_float32() -> None:
     model, _ = trained(tqt())
     before = {name: p.detach().clone() for name, p in linger.learned_ranges(model).items()}
