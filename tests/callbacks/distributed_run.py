@@ -190,7 +190,7 @@ def estimators(_: Path) -> dict[str, Any]:
     return found
 
 
-def learned(folder: Path) -> dict[str, Any]:
+def learned_by_chance(folder: Path) -> dict[str, Any]:
     """Learned ranges from the second epoch on, and rounding by chance."""
     seen = Digests()
     quantize = QuantizeCallback(at_epoch=1, range="tqt", weight_range="lsq", rounding="stochastic")
@@ -290,7 +290,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "global batch": global_batch,
     "dynamic limits": dynamic_limits,
     "estimators": estimators,
-    "learned": learned,
+    "learned by chance": learned_by_chance,
     "metrics": metrics,
     "export": export,
     "resume": resume,

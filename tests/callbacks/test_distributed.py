@@ -89,7 +89,7 @@ def test_two_processes(tmp_path: Path) -> None:
     # The values that count are -1, 2, -1, 9 and -12, in bins of 18 / 2048.
     assert first["estimators"]["50%"] == pytest.approx([-2.0, 2.0, 2], abs=0.02)
 
-    assert all(value != 1.0 for value in first["learned"]["learned"].values())
+    assert all(value != 1.0 for value in first["learned by chance"]["learned"].values())
 
     whole = alone(tmp_path, [QuantizeCallback()])
     assert first["global batch"]["ranges"] == ranges(whole)
