@@ -57,7 +57,7 @@ class ReplayCallback(Callback):  # type: ignore[misc]
         folder = trainer.log_dir if trainer.loggers else None
         if trainer.is_global_zero and is_prepared(pl_module):
             resumed = bool(trainer.ckpt_path) or trainer.current_epoch > 0
-            where = Path(folder) if folder is not None else None
+            where = _run_folder(trainer.loggers[0], folder) if folder is not None else None
             self._dashboard = Dashboard(trainer, pl_module, where, resumed)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -130,6 +130,14 @@ class ReplayCallback(Callback):  # type: ignore[misc]
 
 def _replaying(trainer: Any) -> list[ReplayCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ReplayCallback)]
+
+
+def _run_folder(logger: Any, folder: str) -> Path:
+    """Return the folder of one run; some loggers only name one that all their runs share."""
+    if getattr(logger, "log_dir", None) is not None:
+        return Path(folder)
+    parts = (str(part) for part in (logger.name, logger.version) if part not in (None, ""))
+    return Path(folder).joinpath(*parts)
 
 
 def log_aggregate(module: Any, name: str, value: float) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -333,6 +333,61 @@ def test_epochs_that_are_left_out_show_no_old_errors(tmp_path: Path) -> None:
     )
     record = read_run(Path(logger.log_dir))
     assert [bool(epoch.layers) for epoch in record.epochs] == [True, False, True]
+
+
+class Remote(Logger):
+    """A logger as those of services are: scalars, and one folder for all runs."""
+
+    def __init__(self, folder: Path | None, version: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.run = version
+        self.metrics: dict[str, dict[int | None, float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "project"
+
+    @property
+    def version(self) -> str:
+        return self.run
+
+    @property
+    def save_dir(self) -> str | None:
+        return None if self.folder is None else str(self.folder)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Keep nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, {})[step] = value
+
+
+def test_a_logger_of_another_kind_gets_the_scalars_and_a_folder_per_run(tmp_path: Path) -> None:
+    for version in ("one", "two"):
+        logger = Remote(tmp_path, version)
+        callbacks = [QuantizeCallback(at_epoch=1), QuantErrorCallback(), IntegerValidatorCallback()]
+        trainer(tmp_path, callbacks, epochs=2, logger=logger).fit(
+            Classifier(), loader(), loader(1, shuffle=False)
+        )
+        assert list(logger.metrics["sqnr/fc/linear/0"]) == [6]
+        assert list(logger.metrics["mismatch/fc/linear/0"]) == [6]
+        assert logger.metrics["stage/quantize"] == {3: 0.0, 6: 1.0}
+        assert list(logger.metrics["metric/QAT"]) == [6]
+    for version in ("one", "two"):
+        assert read_run(tmp_path / "project" / version).measured
+
+
+def test_a_logger_without_a_folder_gets_the_scalars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = Remote(None, "one")
+    run = trainer(tmp_path, [QuantizeCallback(), QuantErrorCallback()], epochs=1, logger=logger)
+    run.fit(Classifier(), loader(), loader(1, shuffle=False))
+    assert "sqnr/fc/linear/0" in logger.metrics
+    assert not list(tmp_path.rglob(FILE_NAME))
 
 
 def test_a_run_without_a_logger_leaves_no_file(
