@@ -52,6 +52,8 @@ def test_there_are_stacks() -> None:
     assert {path.stem for path in STACKS} >= {
         "int8_qat",
         "mixed_float_output",
+        "mixed_precision",
+        "nics_fix",
         "onnxruntime_int8",
         "ptq_int8",
         "two_stage_int8",
