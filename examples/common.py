@@ -25,7 +25,7 @@ from lightning_linger.callbacks import (
     QuantErrorCallback,
     QuantizeCallback,
 )
-from lightning_linger.export.verify import engine_of
+from lightning_linger.export.engines import engine_of
 from lightning_linger.platforms import PLATFORMS, platform_of
 
 Results = dict[str, float]

@@ -18,9 +18,9 @@ from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
+from lightning_linger.export.engines import can_run, engine_of
 from lightning_linger.export.exporter import export_onnx
 from lightning_linger.export.part import as_root
-from lightning_linger.export.verify import can_run, engine_of
 from lightning_linger.simulate.integer import integer
 
 # What `export_onnx` takes by name only.

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from lightning_linger.core.errors import ConfigError, NotReadyError, UnsupportedError
 from lightning_linger.core.instrumentation import Event, instrumentation_of
 from lightning_linger.core.tags import tag_of
+from lightning_linger.export.engines import engine_of
 from lightning_linger.export.exporter import METADATA_PREFIX
 from lightning_linger.export.files import check_target, write_atomically
 from lightning_linger.export.inputs import Inputs
 from lightning_linger.export.reading import input_names, read_model
 from lightning_linger.export.runner import OnnxIntegerRunner
-from lightning_linger.export.verify import engine_of
 from lightning_linger.simulate.divergence import main_result
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.prepare import no_trace

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_linger as linger
 from lightning_linger.export import written
-from lightning_linger.export.verify import engine_of
+from lightning_linger.export.engines import engine_of
 from tests.models import Chain, Lambda, ResNet, images, trained
 
 DIALECTS = {"linger": "venusa", "qdq": "onnxruntime"}
