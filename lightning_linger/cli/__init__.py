@@ -8,6 +8,7 @@ code of its own.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,9 @@ _SUBCOMMANDS = (
     verify,
 )
 
+# What a shell reports of a process that a closed pipe ended.
+_PIPE_CLOSED = 128 + 13
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -45,16 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process if None.
 
     Returns:
-        The exit code: that of the subcommand, 0 by default, or 2 after an error, which is one line
-        on the standard error.
+        The exit code: that of the subcommand, 0 by default, 2 after an error, which is one line on
+        the standard error, or 141 if nobody reads the output any more.
     """
     arguments = _parser().parse_args(argv)
     try:
         code: int | None = arguments.run(arguments)
+        sys.stdout.flush()
     except LingerError as error:
         message = " ".join(str(error).split())
         print(f"lightning-linger: error: {message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as `head` has. The interpreter flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
     return code or 0
 
 

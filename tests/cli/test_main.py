@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import lightning_linger as linger
 from lightning_linger import cli
@@ -75,3 +76,18 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("lightning-linger: error: cannot read")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    torch.save({f"weight{i}": torch.ones(2) for i in range(4000)}, tmp_path / "large.pt")
+    command = [sys.executable, "-m", "lightning_linger.cli", "analyse", str(tmp_path / "large.pt")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert process.returncode == 141
