@@ -21,7 +21,7 @@ from lightning_linger.platforms.rules import Engine, Limits, Rule, Severity
 # Where a finding is about the model as a whole.
 MODEL = "<model>"
 
-_ORDER = ("error", "warning", "note")
+_ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 _NO_ENGINE = Engine(share_memory=0)
 
 
@@ -77,7 +77,7 @@ class Findings(Table[Finding]):
 
     def summary(self) -> str:
         """Return how many findings there are, in one line."""
-        counts = [(len(self.of(severity)), severity) for severity in _ORDER]  # type: ignore[arg-type]
+        counts = [(len(self.of(severity)), severity) for severity in _ORDER]
         named = [f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count]
         verdict = "can be deployed" if self.deployable else "cannot be deployed"
         return f"{self.platform}: {verdict}" + (f" ({', '.join(named)})" if named else "")

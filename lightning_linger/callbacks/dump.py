@@ -15,7 +15,7 @@ from lightning_linger.core.errors import ConfigError
 _LOOPS = ("train", "validation", "test", "predict")
 
 
-class DumpCallback(Callback):  # type: ignore[misc]
+class DumpCallback(Callback):
     """Puts a :class:`~lightning_linger.Dumper` around chosen batches: all that runs in them.
 
     The dump of a batch is in ``path/train_epoch0_batch3/``.

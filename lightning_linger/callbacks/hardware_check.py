@@ -17,7 +17,7 @@ from lightning_linger.stages.prepare import strip
 _ACTIONS = ("raise", "warn")
 
 
-class HardwareCheckCallback(Callback):  # type: ignore[misc]
+class HardwareCheckCallback(Callback):
     """Refuses to train a model that the target cannot run.
 
     Runs `linger.check` when ``fit`` is set up, on the model as the other callbacks plan it. An

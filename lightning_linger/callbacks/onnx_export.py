@@ -31,7 +31,7 @@ OPTIONS = tuple(
 )
 
 
-class ONNXExportCallback(Callback):  # type: ignore[misc]
+class ONNXExportCallback(Callback):
     """Writes the model in training to an ONNX file, and leaves it as it was.
 
     The file is written by rank 0, atomically. A ``qdq`` file of a quantized model is then run in

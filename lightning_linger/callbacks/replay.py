@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning_linger.core.instrumentation import instrumentation_of, is_prepare
 from lightning_linger.simulate.divergence import Forward
 
 
-class ReplayCallback(Callback):  # type: ignore[misc]
+class ReplayCallback(Callback, ABC):
     """Notes the outermost module calls of some validation batches and hands them on.
 
     What is repeated are the calls the user's own step made, with their inputs: no second
@@ -37,17 +38,17 @@ class ReplayCallback(Callback):  # type: ignore[misc]
         self.class_dim = class_dim
         self._dashboard: Dashboard | None = None
 
+    @abstractmethod
     def begin(self, module: Any) -> None:
         """Prepare for the batches of an epoch; called on every rank, whatever data it has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Use the repeated forward, which returns what the model returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contribute(self, findings: Findings) -> None:
         """Add what this validation found."""
-        raise NotImplementedError
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the dashboard."""

@@ -14,7 +14,7 @@ from lightning_linger.callbacks.plateau import pending_plateau_steps, replay_pla
 from lightning_linger.core.distributed import gather_objects, rank
 
 
-class RNGStateCallback(Callback):  # type: ignore[misc]
+class RNGStateCallback(Callback):
     """Makes a resumed run equal to the uninterrupted one, bit for bit.
 
     A checkpoint then also holds the random states of every rank (torch, CUDA, numpy, Python), so

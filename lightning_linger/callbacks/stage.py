@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from lightning_linger.stages.prepare import prepare_from, strip
 CONDITIONS = "linger_conditions"
 
 
-class StageCallback(Callback):  # type: ignore[misc]
+class StageCallback(Callback, ABC):
     """Plans its stage when the run is set up and switches it by a schedule.
 
     Sites, quantizers and limits are all created in ``setup``, before optimizers exist; a switch in
@@ -48,21 +49,21 @@ class StageCallback(Callback):  # type: ignore[misc]
         self.schedule = Schedule(at_epoch, at_step, when, end_epoch)
         self._metrics: dict[str, float] = {}
 
+    @abstractmethod
     def plan(self, module: Any) -> None:
         """Attach the stage to the prepared module without switching it on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_on(self, module: Any) -> bool:
         """Return whether the stage is on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def switch(self, module: Any, on: bool) -> None:
         """Switch the stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what the plan depends on, to recognise a module that is planned already."""
-        raise NotImplementedError
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the sites and plan every stage of the trainer, once."""

@@ -27,7 +27,7 @@ _FRESH: dict[str, Any] = {
 }
 
 
-class StageModelCheckpoint(_ModelCheckpoint):  # type: ignore[misc]
+class StageModelCheckpoint(_ModelCheckpoint):
     """Keeps the best checkpoints of each stage.
 
     A float model is often a little better than its quantized self, so that the best checkpoint of a

@@ -19,7 +19,7 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 _BASES = ("base_lrs", "max_lrs", "_last_lr")
 
 
-class StageSwitchCallback(Callback):  # type: ignore[misc]
+class StageSwitchCallback(Callback):
     """Lowers the learning rate, and forgets the patience of early stopping, at a stage's start.
 
     A quantized model is fine-tuned, at about a tenth of the rate of the float phase, and its metric

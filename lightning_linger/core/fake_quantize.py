@@ -112,7 +112,7 @@ def fake_quantize(
     if torch.is_grad_enabled() and x.requires_grad:
         wide = isinstance(low, Tensor) or isinstance(high, Tensor)
         from_output = wide or high - low >= OUTPUT_MASK_CODES - 1
-        out: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        out: Tensor = _FakeQuantize.apply(
             x, step, low, high, rounding, from_output, overwrite and from_output
         )
         return out
@@ -138,7 +138,7 @@ def round_to_coarser(x: Tensor, step: float, rounding: str) -> Tensor:
 
     Half the codes or fewer remain, so nothing saturates and the gradient is the identity.
     """
-    out: Tensor = _RoundToCoarser.apply(x, step, rounding)  # type: ignore[no-untyped-call]
+    out: Tensor = _RoundToCoarser.apply(x, step, rounding)
     return out
 
 
@@ -155,6 +155,6 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
     """Return ``value`` exactly, with the gradient of ``carrier`` (same shape)."""
     if torch.is_grad_enabled() and carrier.requires_grad:
-        out: Tensor = _StraightThrough.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+        out: Tensor = _StraightThrough.apply(value.detach(), carrier)
         return out
     return value

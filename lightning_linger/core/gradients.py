@@ -69,7 +69,7 @@ class GradientQuantizer(nn.Module):
                 "backward. Train this model eagerly, or leave `gradient_bits` out."
             )
             raise UnsupportedError(msg)
-        out: Tensor = _RoundGradient.apply(x, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _RoundGradient.apply(x, self)
         return out
 
     @property

@@ -38,7 +38,7 @@ def bound_of(x: Tensor, limit: Limit) -> Tensor:
 def apply_bound(x: Tensor, bound: Tensor, gradient: LimitGradient) -> Tensor:
     """Clamp ``x`` into ``[-bound, bound]``; outside the gradient is zero or a constant pull."""
     if gradient == "pull":
-        out: Tensor = _PullBack.apply(x, bound)  # type: ignore[no-untyped-call]
+        out: Tensor = _PullBack.apply(x, bound)
         return out
     return torch.minimum(torch.maximum(x, -bound), bound)
 

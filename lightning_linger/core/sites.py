@@ -456,7 +456,7 @@ class Site(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
         """Follow the model to its device; a limit stays float32 like every range."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, buffer in before.items():
             if buffer is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]

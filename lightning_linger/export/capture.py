@@ -275,7 +275,7 @@ class _Watch(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.branches.restart()
         self.labels.restart()
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

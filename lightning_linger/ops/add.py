@@ -93,7 +93,7 @@ def _(
     platform: str,
     round_operands: bool,
 ) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(x.shape, y.shape)
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
 
 
@@ -365,9 +365,9 @@ def _saturated(
     bounds = [code * usable for code in output.code_bounds(usable)]
     if capturing() or isinstance(usable, Tensor):
         edges = (torch.as_tensor(edge, dtype=total.dtype, device=total.device) for edge in bounds)
-        y = _SaturateOutOfPlace.apply(total, *edges)  # type: ignore[no-untyped-call]
+        y = _SaturateOutOfPlace.apply(total, *edges)
     elif torch.is_grad_enabled() and total.requires_grad:
-        y = _Saturate.apply(total, *bounds)  # type: ignore[no-untyped-call]
+        y = _Saturate.apply(total, *bounds)
     else:
         low, high = (float(edge) for edge in bounds)
         y = total.clamp_(low, high)

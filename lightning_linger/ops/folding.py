@@ -186,9 +186,7 @@ def normalize_scaled(
         raise RuntimeError(msg)
     scale = scale.to(y.dtype)
     weight = gamma * torch.sign(scale)
-    out, mean, var = _ScaledBatchNorm.apply(  # type: ignore[no-untyped-call]
-        y, weight, bias, eps * scale.square(), folded.silent
-    )
+    out, mean, var = _ScaledBatchNorm.apply(y, weight, bias, eps * scale.square(), folded.silent)
     return out, mean / scale, var / scale.square()
 
 

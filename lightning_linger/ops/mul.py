@@ -79,7 +79,7 @@ def _(
     rounding: str,
     platform: str,
 ) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(x.shape, y.shape)
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
 
 

@@ -351,11 +351,11 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
 
-class _DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _DispatchMode(TorchDispatchMode):
     """Sees the ops that run, backward's too."""
 
     def __init__(self, recording: _Recording) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recording = recording
 
     def __torch_dispatch__(

@@ -77,5 +77,5 @@ class ModuleStack:
 
     def _alone(self) -> bool:
         """Whether the dumper's own function mode is the only one that watches."""
-        stack: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        stack: list[Any] = torch.overrides._get_current_function_mode_stack()
         return bool(stack) and all(type(mode) is type(self.function_mode) for mode in stack)

@@ -83,7 +83,7 @@ def _untouched(site: Site) -> Iterator[None]:
     switches, system = site.switches, site.switches.system
     observing = switches.observing
     seen, prepared = dict(site.seen), dict(site.prepared)
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.is_initialized()
     devices = [*range(torch.cuda.device_count())] if cuda else []
     try:
         switches.observing = False

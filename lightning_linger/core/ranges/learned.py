@@ -205,7 +205,7 @@ class LearnedScale(nn.Module):
         if self.kind.normalized:
             shared = real.numel() / self.value.numel()
             scale = 1.0 / math.sqrt(max(shared, 1.0) * self.grid.qmax)
-        out: Tensor = _Carry.apply(  # type: ignore[no-untyped-call]
+        out: Tensor = _Carry.apply(
             real, parameter, rounded.detach(), step, low, high, coarser, scale, self.name
         )
         return out
@@ -213,7 +213,7 @@ class LearnedScale(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LearnedScale:
         """Follow the model to its device, but stay float32 like every range."""
         before = self.value.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.value.data = before.to(self.value.device)
         return self
 

@@ -88,7 +88,7 @@ def run_layer(
     Returns:
         The hidden states ``[N, P]`` and the states at the end, real values.
     """
-    results: Sequence[Tensor] = _Recurrence.apply(  # type: ignore[no-untyped-call]
+    results: Sequence[Tensor] = _Recurrence.apply(
         layer,
         rows,
         parameters.ih,
