@@ -18,6 +18,7 @@ from lightning_linger.core.errors import (
     UnsupportedError,
 )
 from lightning_linger.core.functions import operator
+from lightning_linger.core.images import FirstConv
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.verification import verify
 from lightning_linger.nn import LSTMP, UBLSTMP
@@ -27,6 +28,7 @@ from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
+from lightning_linger.stages.firstconv import take_raw_images
 from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
 from lightning_linger.stages.learned import learned_ranges, parameter_groups
@@ -40,6 +42,7 @@ from lightning_linger.stages.selection import (
     normalize_module,
     quant_module,
 )
+from lightning_linger.stages.skipped import skipped_layers
 from lightning_linger.stages.summary import summary
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "UBLSTMP",
     "ConfigError",
     "Dumper",
+    "FirstConv",
     "FuseConfig",
     "Limit",
     "LingerError",
@@ -86,7 +90,9 @@ __all__ = [
     "quantize",
     "read_dump",
     "resources",
+    "skipped_layers",
     "strip",
     "summary",
+    "take_raw_images",
     "verify",
 ]

@@ -28,6 +28,13 @@ class Platform:
         curves: Which engine's own kernels compute the curves (sigmoid, softmax, square roots):
             ``venus``, ``arcs`` or ``venusa`` (see :mod:`lightning_linger.ops.luna`); ``table``
             means that tables over codes and exact integer steps take their place.
+        layers_only: Integers exist inside convolutions and linear layers only: their results are
+            real numbers, biases are added to these in float32, and all other ops stay float.
+        channel_scale: Scale kind of weights with one scale per channel, None for that of all.
+        exclusive_powers: How a power-of-two step covers a range that is itself a power of two, see
+            :class:`lightning_linger.core.grid.Grid`.
+        unseen_step: Step of an input whose range calibration has not seen, or has seen as zero;
+            None leaves such a site in float.
         unsupported: Ops its engine cannot run, and what to use instead.
         dialect: Export dialect the target reads.
         engine_name: How the dialect spells the target.
@@ -44,6 +51,10 @@ class Platform:
     engine_name: str
     zero_point: int = 0
     curves: str = "table"
+    layers_only: bool = False
+    channel_scale: ScaleKind | None = None
+    exclusive_powers: bool = False
+    unseen_step: float | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -50,6 +50,7 @@ class Quantizer(nn.Module):
         grid: Bits, scale kind and rounding.
         range: Name of the range estimator, or a fixed absolute maximum.
         window: What the follower lets through.
+        factor: What the range that a batch asks for is multiplied with.
         learns: Whether a range that can be learned is; otherwise it stays with its estimator.
 
     Attributes:
@@ -64,12 +65,13 @@ class Quantizer(nn.Module):
         range: str | float,
         window: Window | None = None,
         learns: bool = True,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.name = name
         self.grid = grid
         self.window = window or Window()
-        self.estimator = RangeEstimator(range, name, grid)
+        self.estimator = RangeEstimator(range, name, grid, factor)
         kind = self.estimator.rule.learned
         self.learned = LearnedScale(kind, grid) if kind is not None and learns else None
         # For reports: a platform may have made the step coarser than the range asks for.
@@ -100,6 +102,11 @@ class Quantizer(nn.Module):
             self.learned.follow(self.estimator.absmax())
             if torch.is_grad_enabled():
                 self.learned.start()
+
+    def assume(self, absmax: float) -> None:
+        """Take a range that comes from no batch."""
+        self.estimator.assume(absmax)
+        self.thaw()
 
     def wanted_step(self) -> Tensor:
         """Return the step that the range asks for, where the platform has no say."""

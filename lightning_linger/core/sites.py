@@ -21,6 +21,7 @@ from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.gradients import GradientQuantizer
+from lightning_linger.core.images import FirstConv, is_raw, normalized
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
@@ -113,6 +114,7 @@ class Site(nn.Module):
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
         learned_weight: Learned range of the weight, None for one that is only measured.
+        firstconv: How raw images are normalized here, None where none are taken.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -128,6 +130,8 @@ class Site(nn.Module):
     """
 
     output_bound: Tensor
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, node: Node, op: Op, owner: nn.Module, switches: Switches) -> None:
         super().__init__()
@@ -156,6 +160,7 @@ class Site(nn.Module):
         self.prepared: dict[str, Any] = {}
         self.seen: dict[int, Tag | None] = {}
         self.released = False
+        self.firstconv: FirstConv | None = None
         self.weight_is_computed = False
         self.frozen: frozenset[FrozenPart] = frozenset()
 
@@ -258,6 +263,25 @@ class Site(nn.Module):
         found: float | None = self.prepared["output_limit"]
         return found
 
+    def take_raw_images(self, firstconv: FirstConv | None, device: torch.device) -> None:
+        """Normalize raw images here from now on, or no longer."""
+        self.firstconv = firstconv
+        constants = (None, None) if firstconv is None else firstconv.constants(device)
+        for name, constant in zip(("image_mean", "image_std"), constants, strict=True):
+            # The plan of the model holds them, so its state need not.
+            self.register_buffer(name, constant, persistent=False)
+
+    def image(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an input with raw pixels normalized, any other as it is.
+
+        Args:
+            x: The input of the layer.
+            dtype: Of a normalized image.
+        """
+        if self.firstconv is None or tag_of(x) is not None or not is_raw(x):
+            return x
+        return normalized(x, self.image_mean, self.image_std).to(dtype)
+
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.
 
@@ -289,6 +313,13 @@ class Site(nn.Module):
             return None
         quantizer: Any = self.inputs[name]
         return self.quantized_input(quantizer, x)
+
+    def operand_codes(self, position: int, x: Tensor) -> Tensor | None:
+        """Return an operand as codes in any number system, see :meth:`operand`."""
+        name = str(position)
+        if tag_of(x) is not None or name not in self.inputs:
+            return self.operand(position, x)
+        return self._quantized_codes(self.inputs[name], x)  # type: ignore[arg-type]
 
     def width_of_operand(self, position: int, default: int) -> int:
         """Return the width that an operand must have."""
@@ -431,6 +462,11 @@ class Site(nn.Module):
         return self.weight_grid.bits if self.weight_grid else 8
 
     @property
+    def gives_real_results(self) -> bool:
+        """Whether the target leaves the integers behind each layer and adds biases there."""
+        return self.platform is not None and self.platform.layers_only
+
+    @property
     def widest_operand(self) -> int:
         """Width of the widest operand of the accumulation."""
         return max(self.weight_bits, self.config.activation_bits if self.config else 8)
@@ -444,6 +480,9 @@ class Site(nn.Module):
         """Round a plain tensor with an input quantizer in the current number system."""
         if self.switches.system != "integer":
             return quantizer(x, learn=self.learning)  # type: ignore[no-any-return]
+        return self._quantized_codes(quantizer, x)
+
+    def _quantized_codes(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         x = real_values(x)
         step = float(quantizer.step())
         low, high = quantizer.code_bounds(step)

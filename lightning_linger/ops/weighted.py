@@ -66,7 +66,7 @@ class Prepared:
         in_codes: Whether the layer gives its output in codes plus one half, so that rounding it
             up is a floor.
         codes: The weight's codes.
-        bias_codes: The bias's codes, int32.
+        bias_codes: The bias's codes, int32; None too where it is added to real results.
         steps: Steps of the weight, one or one per output channel.
         scale_x: Step of the input.
         bits_x: Width of the input.
@@ -114,6 +114,10 @@ class WeightedOp(Op):
         """Return the weight as ``[C_out, N]``, a row for each output channel."""
         raise NotImplementedError
 
+    def along_output(self, call: Any, values: Tensor) -> Tensor:
+        """View ``[C_out]`` values so that they broadcast to the result."""
+        raise NotImplementedError
+
     def channel_reduce(self, call: Any, weight: Tensor, how: str) -> Tensor:
         """Reduce the absolute weight to ``[C_out]`` by ``amax`` or ``sum``."""
         rows = self.channel_rows(call, weight.abs())
@@ -129,6 +133,7 @@ class WeightedOp(Op):
 
     def run_float(self, site: Site, call: Any) -> Tensor:
         """Run folded and limited, not quantized."""
+        call = _with_image(site, call)
         if site.active_fold is None:
             return self._run(site, call, call.input, None, call.input.dtype)
         with without_autocast(call.input.device.type):
@@ -136,7 +141,10 @@ class WeightedOp(Op):
 
     def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
+        call = _with_image(site, call)
         with without_autocast(call.input.device.type):
+            if site.gives_real_results and not site.training and self._has_integers(site):
+                return self._evaluate_integers(site, call)
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
@@ -148,15 +156,50 @@ class WeightedOp(Op):
 
     def run_integer(self, site: Site, call: Any) -> Any:
         """Run on the integers."""
+        call = _with_image(site, call)
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
         tag = tag_of(x)
         assert tag is not None
+        if site.gives_real_results:
+            return self._real_result(site, call, integer_codes(x), tag)
         prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
         y = with_tag(y, result.tag) if result.tag is not None else site.limit_output(y)
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
+
+    # --- engines that leave the integers behind each layer ----------------------------------
+
+    def _has_integers(self, site: Site) -> bool:
+        return not capturing() or "weights" in site.prepared
+
+    def _evaluate_integers(self, site: Site, call: Any) -> Any:
+        """Run fake-quant in evaluation on the integers, which no other op sees."""
+        codes = site.operand_codes(0, call.input)
+        if codes is None:
+            return NotImplemented
+        tag = tag_of(codes)
+        assert tag is not None  # codes are tagged
+        value = self._real_result(site, call, integer_codes(codes), tag)
+        if not torch.is_grad_enabled() or capturing():
+            return value
+        x = site.operand(0, call.input)
+        assert x is not None  # it has codes
+        parameters = self._parameters(site, call, tag.step)
+        carrier = site.limit_output(self.apply(call, full(x), parameters.weight, parameters.bias))
+        value = straight_through(value, carrier.to(value.dtype))
+        return mark_folded(value, COMPLETE) if site.active_fold is not None else value
+
+    def _real_result(self, site: Site, call: Any, codes: Tensor, tag: Tag) -> Tensor:
+        """Return ``float32(accumulator) * (step_x * step_w) + bias``."""
+        prepared = self._prepare(site, call, tag)
+        result = IntegerResult(0.0, 0, 0, 0, None)
+        y = self.integer_kernel(site, call, codes, prepared, result)
+        if prepared.bias is not None:
+            y = y + self.along_output(call, prepared.bias)
+        y = site.limit_output(y).to(tag.dtype)
         return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     # --- training ---------------------------------------------------------------------------
@@ -274,7 +317,8 @@ class WeightedOp(Op):
         if step_x is None or site.weight_grid is None or site.config is None:
             return Parameters(weight, bias)
         grid = site.weight_grid
-        finest = finest_for_bias(bias, step_x, site.config.bias_bits)
+        in_codes = not site.gives_real_results
+        finest = finest_for_bias(bias, step_x, site.config.bias_bits) if in_codes else None
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
@@ -289,9 +333,10 @@ class WeightedOp(Op):
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
         else:
             weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
-        if bias is not None:
+        if bias is not None and in_codes:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
+        if bias is not None:
             bias = site.with_rounded_gradient("bias", bias)
         return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
@@ -340,7 +385,7 @@ class WeightedOp(Op):
             steps = self.per_channel(call, step_w) if step_w.dim() else step_w
             codes = torch.round(parameters.weight / steps)
             bias_codes = None
-            if parameters.bias is not None:
+            if parameters.bias is not None and not site.gives_real_results:
                 bias_codes = torch.round(parameters.bias.double() / (step_w.double() * step_x))
             bound = self.channel_reduce(call, codes.double(), "sum") * 2.0 ** (bits_x - 1)
             channels = bound.numel()
@@ -416,6 +461,13 @@ class IntegerResult:
     low: int
     high: int
     tag: Tag | None
+
+
+def _with_image(site: Site, call: Any) -> Any:
+    """Return a call with a raw image normalized, where the layer takes raw images."""
+    if site.firstconv is None:
+        return call
+    return call._replace(input=site.image(call.input, call.weight.dtype))
 
 
 def finest_for_bias(bias: Tensor | None, step_x: Scalar, bits: int) -> Tensor | None:
