@@ -82,5 +82,5 @@ def normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def is_raw(x: Tensor) -> bool:
-    """Whether a tensor holds raw pixels: whole numbers, where normalized images are real ones."""
+    """Whether a tensor holds raw pixels; codes are signed, and normalized images real numbers."""
     return x.dtype == torch.uint8

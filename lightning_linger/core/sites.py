@@ -18,10 +18,10 @@ from lightning_linger.core.config import (
     QuantConfig,
 )
 from lightning_linger.core.distributed import mean_over_ranks
-from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.gradients import GradientQuantizer
-from lightning_linger.core.images import FirstConv, is_raw, normalized
+from lightning_linger.core.images import FirstConv, normalized
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
@@ -271,16 +271,19 @@ class Site(nn.Module):
             # The plan of the model holds them, so its state need not.
             self.register_buffer(name, constant, persistent=False)
 
-    def image(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return an input with raw pixels normalized, any other as it is.
+    def image(self, raw: Tensor) -> Tensor:
+        """Return a raw image normalized, in float32.
 
-        Args:
-            x: The input of the layer.
-            dtype: Of a normalized image.
+        Raises:
+            ConfigError: If nobody said how.
         """
-        if self.firstconv is None or tag_of(x) is not None or not is_raw(x):
-            return x
-        return normalized(x, self.image_mean, self.image_std).to(dtype)
+        if self.firstconv is None:
+            msg = (
+                f"`{self.key}` got uint8. It takes raw images if it is the first convolution and "
+                "`firstconv` is passed to `linger.calibrate`; normalize them otherwise."
+            )
+            raise ConfigError(msg)
+        return normalized(raw, self.image_mean, self.image_std)
 
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_linger.core.capture import can_read, capturing, without_autocast
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.images import is_raw
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
     code_limits,
@@ -464,10 +465,10 @@ class IntegerResult:
 
 
 def _with_image(site: Site, call: Any) -> Any:
-    """Return a call with a raw image normalized, where the layer takes raw images."""
-    if site.firstconv is None:
+    """Return a call with a raw image normalized."""
+    if not is_raw(call.input):
         return call
-    return call._replace(input=site.image(call.input, call.weight.dtype))
+    return call._replace(input=site.image(call.input).to(call.weight.dtype))
 
 
 def finest_for_bias(bias: Tensor | None, step_x: Scalar, bits: int) -> Tensor | None:
