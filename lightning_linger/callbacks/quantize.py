@@ -18,6 +18,7 @@ from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.grid import ScaleKind
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
+from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.platforms import platform_of
 from lightning_linger.presets import read_preset
 from lightning_linger.stages.freeze import freeze_ranges, is_frozen
@@ -56,6 +57,7 @@ class QuantizeCallback(StageCallback):
         narrow_weights: Leave out the most negative weight code; None takes the platform's.
         strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
+        data_scale: What the ranges that activations ask for are multiplied with.
         preset: Name of a scheme (see :func:`lightning_linger.preset`), or a mapping of its ``name``
             and its fields, in the place of all the fields above.
         types: Allow-list of module types or op kinds.
@@ -96,6 +98,7 @@ class QuantizeCallback(StageCallback):
         narrow_weights: bool | None = None,
         strict_maximum: bool = False,
         seed: int = 0,
+        data_scale: float = 1.0,
         preset: str | dict[str, Any] | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
@@ -134,6 +137,7 @@ class QuantizeCallback(StageCallback):
             narrow_weights=narrow_weights,
             strict_maximum=strict_maximum,
             seed=seed,
+            data_scale=data_scale,
         )
         if preset is not None:
             self.config = _read_alone(preset, self.config)
@@ -146,6 +150,8 @@ class QuantizeCallback(StageCallback):
         """Create the quantizers, and say once what stays float."""
         plan_quantize(module, self.config, self.types, self.modules, self.overrides)
         left = float_sites(module)
+        if platform_of(self.config.platform).layers_only:
+            left = [site for site in left if isinstance(site.op, WeightedOp)]
         if left:
             shown = ", ".join(f"`{site.key}` ({site.why_float})" for site in left[:5])
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
