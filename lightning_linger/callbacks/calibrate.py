@@ -14,7 +14,7 @@ from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.schedule import NEVER
 from lightning_linger.core.config import Granularity
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.rounding import Rounding
 from lightning_linger.stages.calibrate import learning_ranges
 from lightning_linger.stages.prepare import check_example
@@ -36,6 +36,7 @@ class CalibrateCallback(QuantizeCallback):
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's.
         range: Range estimator of activations, or a fixed range.
         weight_range: Range estimator of weights, or a fixed range.
@@ -57,6 +58,7 @@ class CalibrateCallback(QuantizeCallback):
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
         granularity: Granularity | None = None,
+        symmetry: Symmetry | None = None,
         rounding: Rounding | None = None,
         range: str | float = "absmax",
         weight_range: str | float = "absmax",
@@ -74,6 +76,7 @@ class CalibrateCallback(QuantizeCallback):
             bias_bits=bias_bits,
             scale=scale,
             granularity=granularity,
+            symmetry=symmetry,
             rounding=rounding,
             range=range,
             weight_range=weight_range,

@@ -15,7 +15,7 @@ from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
-from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
@@ -42,6 +42,7 @@ class QuantizeCallback(StageCallback):
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
         weight_range: Range estimator of weights, or a fixed range.
@@ -80,6 +81,7 @@ class QuantizeCallback(StageCallback):
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
         granularity: Granularity | None = None,
+        symmetry: Symmetry | None = None,
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
         weight_range: str | float = "absmax",
@@ -117,6 +119,7 @@ class QuantizeCallback(StageCallback):
             bias_bits=bias_bits,
             scale=scale,
             granularity=granularity,
+            symmetry=symmetry,
             rounding=rounding,
             range=range,
             weight_range=weight_range,

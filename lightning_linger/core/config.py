@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_linger.core.errors import ConfigError, near_matches
-from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind
+from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind, Symmetry
 from lightning_linger.core.ranges import RangeRule
 from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRounding
 
@@ -30,6 +30,9 @@ class QuantConfig:
         bias_bits: Width of biases at scale ``step_x * step_w``, 8 to 32.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
+        symmetry: Of activations of up to 8 bits: ``symmetric`` around zero, or ``affine``, with two
+            ends and a zero point; None takes the platform's. Weights, and wider activations, are
+            symmetric.
         rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
             and as the platform in evaluation, integers and export.
         narrow_weights: Whether weights leave out their most negative code; None takes the
@@ -65,6 +68,7 @@ class QuantConfig:
     bias_bits: int = 32
     scale: ScaleKind | None = None
     granularity: Granularity | None = None
+    symmetry: Symmetry | None = None
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
     weight_range: str | float = "absmax"
@@ -89,6 +93,7 @@ class QuantConfig:
             _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         _require_choice("granularity", self.granularity, ("tensor", "channel", None))
+        _require_choice("symmetry", self.symmetry, ("symmetric", "affine", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
         _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
         _require_choice("strict_maximum", self.strict_maximum, (True, False))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.ranges import LearnedScale, RangeEstimator
-from lightning_linger.core.rounding import Rounder
+from lightning_linger.core.rounding import Rounder, half_away, round_value
 from lightning_linger.core.tags import Tag, with_tag
 
 
@@ -48,7 +49,8 @@ class Quantizer(nn.Module):
     Args:
         name: The site and role, e.g. ``layer1.0.conv1/conv2d/0``; used in messages and tags.
         grid: Bits, scale kind and rounding.
-        range: Name of the range estimator, or a fixed absolute maximum.
+        range: Name of the range estimator, a fixed absolute maximum, or the two ends of a fixed
+            range.
         window: What the follower lets through.
         learns: Whether a range that can be learned is; otherwise it stays with its estimator.
 
@@ -61,7 +63,7 @@ class Quantizer(nn.Module):
         self,
         name: str,
         grid: Grid,
-        range: str | float,
+        range: str | float | tuple[float, float],
         window: Window | None = None,
         learns: bool = True,
     ) -> None:
@@ -76,6 +78,7 @@ class Quantizer(nn.Module):
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
+        self._frozen_zero: int | None = None
         self.gradient: GradientQuantizer | None = None
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
@@ -105,7 +108,7 @@ class Quantizer(nn.Module):
         """Return the step that the range asks for, where the platform has no say."""
         if self.learned is not None:
             return self.learned.step()
-        return self.grid.step(self.estimator.absmax())
+        return self.grid.step_of_range(*self.estimator.range.unbind())
 
     def step(self, minimum: Scalar | None = None) -> Scalar:
         """Return the step in use.
@@ -130,22 +133,47 @@ class Quantizer(nn.Module):
         if self.learned is not None:
             value = float(self.learned.step())
         else:
-            low, high = self.estimator.range.tolist()
-            value = self.grid.step_value(max(-low, high))
+            value = self.grid.step_value_of_range(*self.estimator.range.tolist())
         if minimum is not None:
             value = max(value, float(minimum))
         if not self.training:
             self._frozen_step = value
         return value
 
+    def zero_point(self, step: Scalar) -> Bound | None:
+        """Return what stands for zero in an engine's memory; None on a symmetric grid.
+
+        Args:
+            step: The step in use.
+
+        Returns:
+            A number where values can be read, else a 0-dim tensor.
+        """
+        if not self.grid.affine:
+            return None
+        self._thaw_in_training()
+        if self._frozen_zero is not None:
+            return self._frozen_zero
+        if isinstance(step, Tensor) or not can_read(self.estimator.range):
+            step = torch.as_tensor(step, dtype=torch.float32, device=self.estimator.range.device)
+            return self.grid.zero_point_of_range(self.estimator.range[0], step)
+        value = self.grid.zero_point_value_of_range(self.estimator.range[0].item(), step)
+        if not self.training:
+            self._frozen_zero = value
+        return value
+
     def code_bounds(self, step: Scalar) -> tuple[Bound, Bound]:
         """Return the smallest and largest code at this step that the window lets through."""
-        low: Bound = self.grid.qmin
-        high: Bound = self.grid.qmax
+        lowest: Bound = self.grid.qmin
+        highest: Bound = self.grid.qmax
+        zero_point = self.zero_point(step)
+        if zero_point is not None:
+            lowest, highest = lowest - zero_point, highest - zero_point
+        low, high = lowest, highest
         if self.window.low > -math.inf:
-            low = _edge_code(self.window.low, step, self.grid)
+            low = _edge_code(self.window.low, step, lowest, highest, self.grid)
         if self.window.high < math.inf:
-            high = _edge_code(self.window.high, step, self.grid)
+            high = _edge_code(self.window.high, step, lowest, highest, self.grid)
         return low, high
 
     def forward(
@@ -232,7 +260,10 @@ class Quantizer(nn.Module):
 
     def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:
         """Return the tag of a tensor rounded with ``step``."""
-        return Tag(step, self.grid.bits, self.name, dtype, reach=self.reach())
+        grid = self.grid
+        return Tag(
+            step, grid.code_bits, self.name, dtype, self.zero_point(step), reach=self.reach()
+        )
 
     def reach(self) -> Scalar:
         """Return the absolute maximum of the range."""
@@ -259,7 +290,7 @@ class Quantizer(nn.Module):
 
     def thaw(self) -> None:
         """Forget the frozen step."""
-        self._frozen_step = self._frozen_reach = None
+        self._frozen_step = self._frozen_reach = self._frozen_zero = None
 
     def train(self, mode: bool = True) -> "Quantizer":
         """Switch between moving (training) and frozen (evaluation) ranges."""
@@ -290,9 +321,15 @@ def clamped(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
     return x.clamp(low, high)
 
 
-def _edge_code(edge: float, step: Scalar, grid: Grid) -> Bound:
+def _edge_code(edge: float, step: Scalar, low: Bound, high: Bound, grid: Grid) -> Bound:
+    """Return the code of an edge of a window; engines with a zero point round halves away."""
     if edge == 0.0:
         return 0
-    if isinstance(step, Tensor):
-        return torch.floor(edge / step + 0.5).clamp(grid.qmin, grid.qmax)
-    return max(grid.qmin, min(grid.qmax, math.floor(edge / step + 0.5)))
+    if isinstance(step, Tensor) or isinstance(low, Tensor):
+        place = torch.as_tensor(edge / step)
+        return clamped(half_away(place) if grid.affine else torch.floor(place + 0.5), low, high)
+    if grid.affine:
+        code = round_value(float(np.float32(edge) / np.float32(step)), "half_away")
+    else:
+        code = math.floor(edge / step + 0.5)
+    return max(low, min(int(high), code))

@@ -114,9 +114,18 @@ class Op:
         """Return the width that an operand must have."""
         return config.activation_bits
 
-    def output_range(self, call: Any, config: QuantConfig, platform: Platform) -> float | None:
-        """Return the absolute maximum of results where it is known (1 for a sigmoid)."""
+    def output_range(
+        self, call: Any, config: QuantConfig, platform: Platform
+    ) -> float | tuple[float, float] | None:
+        """Return the absolute maximum of results where it is known (1 for a sigmoid).
+
+        Two numbers are the ends of a range that the platform fixes, and nobody may change.
+        """
         return None
+
+    def scale_source(self, platform: Platform) -> OutputScale:
+        """Return ``output_scale``, where it depends on the platform."""
+        return self.output_scale
 
     def quantized_results(self, results: Sequence[Any]) -> Sequence[Any]:
         """Return those of the results that other ops can take as codes, in order."""

@@ -275,8 +275,8 @@ class Site(nn.Module):
         elif self.training and not capturing():
             self.seen[position] = tag
         if tag is not None and tag.bits <= WIDEST_OPERAND:
-            bits = self.width_of_operand(position, tag.bits)
-            return x if tag.bits == bits else self.requantized(x, tag, bits)
+            bits = self.width_of_operand(position, tag.width)
+            return x if tag.width == bits else self.requantized(x, tag, bits)
         name = str(position)
         if name not in self.inputs:
             if torch.compiler.is_dynamo_compiling() and not self.op.needs_quantized_operand:
@@ -303,7 +303,7 @@ class Site(nn.Module):
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
         step = narrowed_step(tag, bits)
-        tag_after = dataclasses.replace(tag, step=step, bits=bits, site=self.key)
+        tag_after = dataclasses.replace(tag, step=step, bits=bits, site=self.key, zero_point=None)
         usable = readable(step, x)
         fake = x.dtype.is_floating_point and self.switches.system == "fake"
         if fake:
@@ -422,7 +422,8 @@ class Site(nn.Module):
         assert rule is not None  # the planner gives both to every op that has parameters
         assert grid is not None
         if rule.statistic is None:
-            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
+            _, half = rule.fixed or (0.0, 0.0)
+            return rows.new_full((rows.shape[0],), half, dtype=torch.float32)
         return rule.statistic.measure(rows, None, grid)
 
     @property
@@ -434,6 +435,11 @@ class Site(nn.Module):
     def widest_operand(self) -> int:
         """Width of the widest operand of the accumulation."""
         return max(self.weight_bits, self.config.activation_bits if self.config else 8)
+
+    @property
+    def fixed_point(self) -> bool:
+        """Whether scales are 32-bit multipliers and shifts, whose rounding no float repeats."""
+        return self.platform is not None and self.platform.fixed_point
 
     @property
     def platform_name(self) -> str:
@@ -449,7 +455,7 @@ class Site(nn.Module):
         low, high = quantizer.code_bounds(step)
         grid = quantizer.grid
         codes = quantize(
-            x.float(), step, grid.bits, int(low), int(high), grid.rounding, self.platform_name
+            x.float(), step, grid.code_bits, int(low), int(high), grid.rounding, self.platform_name
         )
         return with_tag(codes, quantizer.tag(step, x.dtype))
 

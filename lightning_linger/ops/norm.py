@@ -20,7 +20,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
-from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.conv import finish_accumulator, is_wide
 from lightning_linger.ops.folding import (
     Folded,
     batch_statistics,
@@ -30,8 +30,11 @@ from lightning_linger.ops.folding import (
     update_running,
 )
 from lightning_linger.ops.weighted import (
+    IntegerResult,
+    bias_headroom,
     finest_for_bias,
     finish,
+    finish_codes,
     integer_result,
     minimum_step,
     on_grid,
@@ -78,7 +81,17 @@ def integer_scale_shift(
     shape = (1, -1, *([1] * (x.dim() - 2)))
     acc = x.to(dtype) * weight.to(dtype).view(shape) + bias.to(dtype).view(shape)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, x.dim() - 2
+        acc,
+        scale_x,
+        scale_w,
+        scale_o,
+        bits_o,
+        low,
+        high,
+        rounding,
+        platform,
+        x.dim() - 2,
+        is_wide(bits_x),
     )
 
 
@@ -186,6 +199,8 @@ class BatchNormOp(Op):
                 widest = product.amax() if isinstance(product, Tensor) else product
                 return finish(site, y, widest, True, tag.dtype)
             prepared = self._prepare(site, call, tag)
+            if site.fixed_point:
+                return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
             alpha, beta = prepared.alpha, prepared.beta
             if torch.is_grad_enabled() and not capturing():
                 alpha, beta, _ = self._quantized_affine(site, call, x, step_x)
@@ -205,7 +220,31 @@ class BatchNormOp(Op):
         assert tag is not None
         prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
-        y = integer_scale_shift(
+        y = self._kernel(site, x, prepared, result)
+        return site.limit_output(y) if result.tag is None else with_tag(y, result.tag)
+
+    def _evaluate_codes(
+        self, site: Site, call: BatchNormCall, x: Tensor, prepared: PreparedAffine
+    ) -> Tensor:
+        """Take the integer kernel's value, and the gradient of the real one."""
+        tag = tag_of(x)
+        assert tag is not None
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
+
+        def real() -> Tensor:
+            alpha, beta, _ = self._quantized_affine(site, call, x, tag.step)
+            return _scale_shift(x, alpha, beta)
+
+        with torch.no_grad():
+            codes = self._kernel(site, x, prepared, result)
+        return finish_codes(site, codes, result, tag.dtype, real)
+
+    def _kernel(
+        self, site: Site, x: Tensor, prepared: PreparedAffine, result: IntegerResult
+    ) -> Tensor:
+        tag = tag_of(x)
+        assert tag is not None
+        return integer_scale_shift(
             integer_codes(x),
             prepared.codes,
             prepared.bias_codes,
@@ -221,7 +260,6 @@ class BatchNormOp(Op):
             site.platform_name,
             prepared.exact_in_float32,
         )
-        return site.limit_output(y) if result.tag is None else with_tag(y, result.tag)
 
     # --- folded -----------------------------------------------------------------------------
 
@@ -306,7 +344,7 @@ class BatchNormOp(Op):
         assert grid is not None
         assert site.config is not None
         absmax = alpha.detach().abs().float()
-        finest = finest_for_bias(beta, step_x, site.config.bias_bits)
+        finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
         if finest is not None:
             absmax = torch.maximum(absmax, finest * grid.qmax)
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())

@@ -17,13 +17,14 @@ from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.kernel import Target, finish_codes, run_kernel, without_gradients
+from lightning_linger.ops.kernel import Target, run_kernel, without_gradients
 from lightning_linger.ops.linear import integer_linear
 from lightning_linger.ops.weighted import (
     IntegerResult,
     Parameters,
     finest_for_bias,
     finish,
+    finish_codes,
     integer_result,
     minimum_step,
     on_grid,

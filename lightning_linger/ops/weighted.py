@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import ROUNDINGS, Rounder, round_value
 from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
     COMPLETE,
     TINY_FACTOR,
@@ -274,7 +274,7 @@ class WeightedOp(Op):
         if step_x is None or site.weight_grid is None or site.config is None:
             return Parameters(weight, bias)
         grid = site.weight_grid
-        finest = finest_for_bias(bias, step_x, site.config.bias_bits)
+        finest = finest_for_bias(bias, step_x, site.config.bias_bits, bias_headroom(site))
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
@@ -303,6 +303,8 @@ class WeightedOp(Op):
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, COMPLETE) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag)
+        if site.fixed_point:
+            return self._evaluate_kernel(site, call, with_tag(x, tag), prepared, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():
             differentiable = self._parameters(site, call, tag.step)
@@ -316,6 +318,21 @@ class WeightedOp(Op):
                 call, x.double(), weight.double(), None if bias is None else bias.double()
             )
         y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
+
+    def _evaluate_kernel(
+        self, site: Site, call: Any, x: Tensor, prepared: Prepared, tag: Tag
+    ) -> Tensor:
+        """Take the integer kernel's value, and the gradient of the real one."""
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
+
+        def real() -> Tensor:
+            parameters = self._parameters(site, call, tag.step)
+            return self.apply(call, x, parameters.weight, parameters.bias)
+
+        with torch.no_grad():
+            codes = self.integer_kernel(site, call, integer_codes(x), prepared, result)
+        y = finish_codes(site, codes, result, tag.dtype, real)
         return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     def _evaluate_codes(
@@ -418,11 +435,25 @@ class IntegerResult:
     tag: Tag | None
 
 
-def finest_for_bias(bias: Tensor | None, step_x: Scalar, bits: int) -> Tensor | None:
-    """Return the finest weight step, per channel, at which the bias fits its codes."""
+def finest_for_bias(
+    bias: Tensor | None, step_x: Scalar, bits: int, headroom: float = 1.0
+) -> Tensor | None:
+    """Return the finest weight step, per channel, at which the bias fits its codes.
+
+    Args:
+        bias: ``[C]``, or None.
+        step_x: Step of the input.
+        bits: Width of the bias.
+        headroom: How many times the bias has to fit.
+    """
     if bias is None:
         return None
-    return bias.detach().abs().float() / (step_x * float32_code_limits(bits)[1])
+    return bias.detach().abs().float() * headroom / (step_x * float32_code_limits(bits)[1])
+
+
+def bias_headroom(site: Site) -> float:
+    """Return what part of the bias codes is left to the sum: TFLite's converter keeps half."""
+    return 2.0 if site.fixed_point else 1.0
 
 
 def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
@@ -443,7 +474,7 @@ def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
     low, high = (int(bound) for bound in output.code_bounds(step))
     if not _only_caps(site):
         low, high = _limited_codes(site, step, low, high)
-    return IntegerResult(step, output.grid.bits, low, high, output.tag(step, tag.dtype))
+    return IntegerResult(step, output.grid.code_bits, low, high, output.tag(step, tag.dtype))
 
 
 def _only_caps(site: Site) -> bool:
@@ -597,6 +628,38 @@ def finish(
         site.output.observe(y, cap)
     step = site.output.step(minimum_step(site, product))
     return site.output.round(y, step, dtype, overwrite=not capturing())
+
+
+def finish_codes(
+    site: Site,
+    codes: Tensor,
+    result: IntegerResult,
+    dtype: torch.dtype,
+    real: Callable[[], Tensor],
+) -> Tensor:
+    """Return what an integer kernel produced as the site's result, in evaluation.
+
+    Args:
+        site: The site.
+        codes: Codes, or real values if ``result`` asks for them.
+        result: What the kernel had to produce.
+        dtype: The dtype the model expects.
+        real: The float function, for its gradient.
+    """
+    integers = site.switches.system == "integer"
+    if result.tag is None:
+        value = site.limit_output(codes).to(dtype)
+    elif integers:
+        value = codes
+    else:
+        wide = codes.double() if result.bits > WIDEST_OPERAND else codes.to(dtype)
+        value = (wide * result.scale).to(dtype)
+    if torch.is_grad_enabled() and not integers:
+        carrier = site.limit_output(real())
+        if result.tag is not None:
+            carrier = carrier.clamp(result.low * result.scale, result.high * result.scale)
+        value = straight_through(value, carrier.to(dtype))
+    return value if result.tag is None else with_tag(value, result.tag)
 
 
 def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:

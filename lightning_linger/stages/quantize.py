@@ -13,7 +13,7 @@ from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Node, TensorSpec
-from lightning_linger.core.grid import Grid
+from lightning_linger.core.grid import WIDEST_AFFINE, Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.platform import Platform, rounding_of
@@ -213,6 +213,10 @@ class _Planner:
             return False
         config = self.config.override(dict(fields))
         platform = platform_of(config.platform)
+        reason = platform.stays_float.get(site.op.variant(call))
+        if reason is not None:
+            site.config, site.why_float = None, f"platform {platform.name!r}: {reason}"
+            return False
         self._refuse_unsupported(site, call, config, platform)
         site.config, site.platform, site.why_float = config, platform, None
         if site.has_parameters:
@@ -222,11 +226,12 @@ class _Planner:
             self._add_parameter_gradients(site)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
-        if site.op.output_scale == "inputs":
+        if site.op.scale_source(platform) == "inputs":
             return True
         bits = config.output_bits
         if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
             known = site.op.output_range(call, config, platform)
+            self._refuse_forced_range(site, known, platform, fields)
             site.output = self._quantizer(site, site.key, bits, known)
         return bits is not None and bits <= WIDEST_OPERAND
 
@@ -282,6 +287,12 @@ class _Planner:
             raise UnsupportedError(msg)
         granularity = config.granularity or platform.granularity
         scale = config.scale or platform.scale
+        if config.symmetry == "affine" and platform.symmetry != "affine":
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} has no zero points, it needs "
+                "symmetry='symmetric'. Found: 'affine'."
+            )
+            raise ConfigError(msg)
         if platform.right_shift_only and scale != "power_of_two":
             msg = (
                 f"`{site.key}`: platform {platform.name!r} shifts, it needs scale='power_of_two'. "
@@ -298,6 +309,17 @@ class _Planner:
             if config.output_bits != 32:
                 msg = f"`{site.key}`: output_bits above 16 must be 32. Found: {config.output_bits}."
                 raise ConfigError(msg)
+
+    def _refuse_forced_range(
+        self, site: Site, known: Any, platform: Platform, fields: Fields
+    ) -> None:
+        """Refuse a range for a result whose scale and zero point the engine fixes."""
+        if isinstance(known, tuple) and fields is not None and "range" in fields:
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} fixes the scale and the zero point of "
+                f"{site.op.kind} (its range is {known}). Leave `range` out of its overrides."
+            )
+            raise ConfigError(msg)
 
     def _add_input_quantizers(
         self, site: Site, call: Any, config: QuantConfig, platform: Platform, on_grid: set[int]
@@ -317,7 +339,11 @@ class _Planner:
             site.parts[name] = self._quantizer(site, f"{site.key}:{name}", bits, part.range)
 
     def _quantizer(
-        self, site: Site, name: str, bits: int, known_range: float | None = None
+        self,
+        site: Site,
+        name: str,
+        bits: int,
+        known_range: float | tuple[float, float] | None = None,
     ) -> Quantizer:
         config, platform = site.config, site.platform
         assert config is not None  # the plan has just set both
@@ -326,7 +352,14 @@ class _Planner:
         rounding = rounding_of(config, platform)
         # A range that is known, like a sigmoid's, comes with the step of its function.
         strict = config.strict_maximum and known_range is None
-        grid = Grid(bits, scale, rounding, strict=strict)
+        symmetry = config.symmetry or platform.symmetry
+        grid = Grid(
+            bits,
+            scale,
+            rounding,
+            strict=strict,
+            symmetry=symmetry if bits <= WIDEST_AFFINE else "symmetric",
+        )
         kind = config.range if known_range is None else known_range
         quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
         quantizer.gradient = self._gradient(site, name)
