@@ -25,6 +25,8 @@ class Tag:
         zero_point: The code of real zero; 0 for the symmetric grids.
         reach: Largest magnitude the codes are there to cover; a step that a platform made coarser
             covers more. None if unknown.
+        rounded: Whether the values are on the grid; those of a quantizer that is told to leave them
+            in float are not.
     """
 
     step: Scalar
@@ -33,6 +35,7 @@ class Tag:
     dtype: torch.dtype = torch.float32
     zero_point: int = 0
     reach: Scalar | None = None
+    rounded: bool = True
 
 
 def tag_of(x: object) -> Tag | None:
