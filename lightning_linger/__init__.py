@@ -22,6 +22,7 @@ from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.verification import verify
 from lightning_linger.nn import LSTMP, UBLSTMP
 from lightning_linger.ops.recurrent import fused_rnn
+from lightning_linger.presets import preset
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
@@ -79,6 +80,7 @@ __all__ = [
     "operator",
     "parameter_groups",
     "prepare",
+    "preset",
     "quant_error",
     "quant_module",
     "quantize",

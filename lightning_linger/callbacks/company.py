@@ -40,6 +40,7 @@ def follow_in_average(trainer: Any, module: Any) -> None:
             setattr(follower.switches, name, getattr(followed.switches, name))
         for site, twin in zip(followed.sites, follower.sites, strict=True):
             twin.freeze(site.frozen)
+            twin.leave_float(site.floating)
 
 
 def _check_averaging(callback: Any, before_stages: bool) -> None:

@@ -19,6 +19,7 @@ from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.platforms import platform_of
+from lightning_linger.presets import read_preset
 from lightning_linger.stages.freeze import freeze_ranges, is_frozen
 from lightning_linger.stages.quantize import plan_quantize, switch_quantize
 from lightning_linger.stages.selection import QUANT_MARK, Selection
@@ -56,6 +57,8 @@ class QuantizeCallback(StageCallback):
         narrow_weights: Leave out the most negative weight code; None takes the platform's.
         strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
+        preset: Name of a scheme (see :func:`lightning_linger.preset`), or a mapping of its ``name``
+            and its fields, in the place of all the fields above.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
         overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
@@ -95,6 +98,7 @@ class QuantizeCallback(StageCallback):
         narrow_weights: bool | None = None,
         strict_maximum: bool = False,
         seed: int = 0,
+        preset: str | dict[str, Any] | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
@@ -134,6 +138,9 @@ class QuantizeCallback(StageCallback):
             strict_maximum=strict_maximum,
             seed=seed,
         )
+        if preset is not None:
+            self.config = _read_alone(preset, self.config)
+        self.preset = preset
         self.types = types
         self.modules = modules
         self.overrides = overrides
@@ -189,3 +196,16 @@ class QuantizeCallback(StageCallback):
         """Return what the plan depends on."""
         selection = Selection(self.types, self.modules, self.overrides, QUANT_MARK)
         return {**dataclasses.asdict(self.config), **selection.describe()}
+
+
+def _read_alone(preset: str | dict[str, Any], given: QuantConfig) -> QuantConfig:
+    default = QuantConfig()
+    names = [field.name for field in dataclasses.fields(QuantConfig)]
+    beside = [name for name in names if getattr(given, name) != getattr(default, name)]
+    if beside:
+        msg = (
+            f"`preset` stands in the place of {beside}: give them to the preset, e.g. "
+            f"preset={{'name': ..., {beside[0]!r}: {getattr(given, beside[0])!r}}}."
+        )
+        raise ConfigError(msg)
+    return read_preset(preset)

@@ -118,6 +118,19 @@ class Grid:
         low, high = self.exponents
         return math.ldexp(1.0, min(max(exponent, low), high))
 
+    def absmax_of(self, step: float) -> float:
+        """Return a half-range, in float32, whose step this is.
+
+        Raises:
+            ConfigError: If no half-range has this step.
+        """
+        near = np.float32(step * self.qmax)
+        for candidate in (near, *(np.nextafter(near, np.float32(end)) for end in (0, np.inf))):
+            if self.step_value(float(candidate)) == step:
+                return float(candidate)
+        msg = f"a grid of {self.bits} bits with {self.scale_kind!r} scales has no step {step!r}."
+        raise ConfigError(msg)
+
     def _top(self, like: Tensor) -> Tensor:
         return torch.full_like(like, self.qmax)
 

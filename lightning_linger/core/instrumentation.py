@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import Canonical, canonical_of
+from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
@@ -331,6 +332,8 @@ class Instrumentation(nn.Module):
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
+            "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
+            "gradients": self._gradient_states(),
             "quantizers": self._quantizer_names(),
             "plans": self.plans,
             "marks": self.marks,
@@ -349,10 +352,27 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
-        frozen = recipe.get("frozen", {})
+        frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
+            site.leave_float(frozenset(floating.get(site.key, ())))
+        states = recipe.get("gradients", {})
+        for node in self._gradient_quantizers():
+            active, kept = states.get(node.name, (True, node.frozen))
+            node.active, node.frozen = active, kept
         self.thaw()
+
+    def _gradient_quantizers(self) -> Iterator[GradientQuantizer]:
+        return (module for module in self.modules() if isinstance(module, GradientQuantizer))
+
+    def _gradient_states(self) -> dict[str, tuple[bool, bool]]:
+        """Return which gradients are not rounded with a moving range, which is what they start as.
+
+        Returns:
+            Whether each is rounded, and whether its range stays, by name.
+        """
+        nodes = self._gradient_quantizers()
+        return {n.name: (n.active, n.frozen) for n in nodes if n.frozen or not n.active}
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:
         changed = changes(recipe["plans"], self.plans)
@@ -494,6 +514,8 @@ class Instrumentation(nn.Module):
         call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "float":
             result = op.run_float(site, call)
+        elif site.passes_float:
+            result = self._run_passing(site, call, func, args, kwargs)
         else:
             result = (op.run_fake if system == "fake" else op.run_integer)(site, call)
             if site.released and result is not NotImplemented:
@@ -502,6 +524,17 @@ class Instrumentation(nn.Module):
         if result is NotImplemented:
             return self._run_plain(func, args, kwargs, canonical.inplace)
         return result
+
+    def _run_passing(
+        self, site: Site, call: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call in float, with the tag that its result would have on the grid."""
+        result = site.op.run_float(site, tree_map_only(Tensor, plain_values, call))
+        if result is NotImplemented:
+            args, kwargs = tree_map_only(Tensor, plain_values, (args, kwargs))
+            result = func(*args, **{**kwargs, **_out_of_place(kwargs)})
+        assert site.output is not None  # `passes_float` says so
+        return site.output(result, learn=site.learning)
 
     def _notify(
         self,

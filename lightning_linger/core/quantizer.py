@@ -1,5 +1,6 @@
 """The activation quantizer: a grid, a range estimator, and the window its follower lets through."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
+from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, straight_through
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
@@ -57,6 +59,7 @@ class Quantizer(nn.Module):
     Attributes:
         learned: The learned range, None for one that is only observed.
         gradient: Rounds the gradient of what is rounded here, None to leave it as it is.
+        rounds: Whether values are rounded; if not, they pass in float, clamped into the window.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Quantizer(nn.Module):
         self._frozen_reach: float | None = None
         self._frozen_zero: int | None = None
         self.gradient: GradientQuantizer | None = None
+        self.rounds = True
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
@@ -162,6 +166,21 @@ class Quantizer(nn.Module):
             self._frozen_zero = value
         return value
 
+    def adopt_step(self, step: float) -> None:
+        """Take a range that has a given step.
+
+        Raises:
+            ConfigError: If no range has it.
+        """
+        absmax = self.grid.absmax_of(step)
+        self.estimator.adopt(absmax)
+        if self.learned is not None:
+            self.learned.follow(self.estimator.absmax())
+        self.thaw()
+        if float(self.wanted_step()) != step:
+            msg = f"`{self.name}`: its learned range has no step {step!r}."
+            raise ConfigError(msg)
+
     def code_bounds(self, step: Scalar) -> tuple[Bound, Bound]:
         """Return the smallest and largest code at this step that the window lets through."""
         lowest: Bound = self.grid.qmin
@@ -210,6 +229,8 @@ class Quantizer(nn.Module):
             dtype: Of the result.
             overwrite: Whether the memory of ``values`` may be used.
         """
+        if not self.rounds:
+            return self.passed(values, step, dtype)
         usable = readable(step, values)
         if isinstance(usable, float):
             self.latest_step = usable
@@ -223,6 +244,15 @@ class Quantizer(nn.Module):
             rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
         rounded = self.with_rounded_gradient(rounded.to(dtype))
         return with_tag(rounded, self.tag(step, dtype))
+
+    def passed(self, values: Tensor, step: Scalar, dtype: torch.dtype) -> Tensor:
+        """Return values as they are, clamped into the window, with a tag that says so."""
+        window = self.window
+        if window.low > -math.inf or window.high < math.inf:
+            values = values.clamp(window.low, window.high)
+        # A view: the tag must not appear on a tensor of the user's.
+        passed = self.with_rounded_gradient(values.to(dtype).view_as(values))
+        return with_tag(passed, dataclasses.replace(self.tag(step, dtype), rounded=False))
 
     def with_rounded_gradient(self, rounded: Tensor) -> Tensor:
         """Return a result of this quantizer with the gradient rounded, if it is to be."""

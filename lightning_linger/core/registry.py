@@ -67,6 +67,8 @@ class Op:
             where the op reads its own result again.
         learns_ranges: Whether its quantizers can learn their ranges; those that round step by step
             through time stay with their estimators.
+        rounds_parts_apart: Whether its fake-quant form can leave its parameters, or its result, in
+            float (:attr:`Site.floating`).
         exact_with_free_scales: Whether fake-quant and integers are equal bit for bit where scales
             are no powers of two; without, they may differ next to rounding ties.
     """
@@ -79,6 +81,7 @@ class Op:
     commutative: bool = False
     takes_window: bool = True
     learns_ranges: bool = True
+    rounds_parts_apart: bool = False
     exact_with_free_scales: bool = False
 
     def __init__(self, kind: str) -> None:

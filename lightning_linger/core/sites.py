@@ -45,6 +45,25 @@ if TYPE_CHECKING:
     from lightning_linger.core.registry import Op
 
 
+@dataclass(frozen=True)
+class RoundedParameter:
+    """A parameter as a forward has used it.
+
+    Args:
+        site: Key of the site.
+        name: Of the weight, as its step is called, or ``bias``.
+        source: The parameter, or the part of one; None for what folding has made up.
+        values: On the grid, detached.
+        step: Of the values, 0-dim or one per channel.
+    """
+
+    site: str
+    name: str
+    source: Tensor | None
+    values: Tensor
+    step: Tensor
+
+
 @dataclass
 class Switches:
     """What is on at the moment; one object shared by all sites of a model.
@@ -56,6 +75,7 @@ class Switches:
         quantize: Whether quantizers act.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
+        rounded: Collects the parameters that evaluation forwards round, None to collect nothing.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -67,6 +87,7 @@ class Switches:
     system: str = "fake"
     observing: bool = True
     recomputing: bool = False
+    rounded: list[RoundedParameter] | None = None
 
     @property
     def learning(self) -> bool:
@@ -91,6 +112,9 @@ class Limits:
 
 FrozenPart = Literal["activations", "weights", "gradients"]
 FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "gradients")
+
+FloatPart = Literal["activations", "weights", "biases"]
+FLOAT_PARTS: tuple[FloatPart, ...] = ("activations", "weights", "biases")
 
 # Buffers that hold the steps of weights while ranges are frozen.
 _HELD = "held_"
@@ -124,6 +148,8 @@ class Site(nn.Module):
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
         frozen: The parts whose ranges stay what they are.
+        floating: The parts that are not rounded, though they are planned to be.
+        latest_steps: Steps of the weights in the latest forward, by the name of the weight.
         why_float: Why the site is not quantized, if so.
     """
 
@@ -158,6 +184,8 @@ class Site(nn.Module):
         self.released = False
         self.weight_is_computed = False
         self.frozen: frozenset[FrozenPart] = frozenset()
+        self.floating: frozenset[FloatPart] = frozenset()
+        self.latest_steps: dict[str, Scalar] = {}
 
     @property
     def quantized(self) -> bool:
@@ -184,7 +212,10 @@ class Site(nn.Module):
     @property
     def learning(self) -> bool:
         """Whether the forward that runs now moves the ranges of this site."""
-        return self.training and self.switches.learning and "activations" not in self.frozen
+        if not (self.training and self.switches.learning) or "activations" in self.frozen:
+            return False
+        # What is not rounded needs a range once, for the scale that biases have.
+        return "activations" not in self.floating or not all(q.known for q in self.quantizers())
 
     @property
     def ready(self) -> bool:
@@ -303,7 +334,9 @@ class Site(nn.Module):
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
         step = narrowed_step(tag, bits)
-        tag_after = dataclasses.replace(tag, step=step, bits=bits, site=self.key, zero_point=None)
+        tag_after = dataclasses.replace(
+            tag, step=step, bits=bits, site=self.key, zero_point=None, rounded=True
+        )
         usable = readable(step, x)
         fake = x.dtype.is_floating_point and self.switches.system == "fake"
         if fake:
@@ -369,15 +402,44 @@ class Site(nn.Module):
             name: Tells the weights of the site apart.
             step: What the weight asks for now.
         """
-        if "weights" not in self.frozen:
-            return step
-        name = _HELD + name.replace(".", ":")
-        if name not in self._buffers and not capturing():
-            self.register_buffer(name, torch.as_tensor(step, dtype=torch.float32).clone())
-        kept: Any = self._buffers.get(name)
-        if kept is None:
-            return step
-        return float(kept) if isinstance(step, float) else kept
+        if "weights" in self.frozen:
+            kept: Any = self._buffers.get(_held(name))
+            if kept is None and not capturing():
+                kept = self.hold(name, step)
+            if kept is not None:
+                step = float(kept) if isinstance(step, float) else kept
+        if not capturing():
+            self.latest_steps[name] = step
+        return step
+
+    def note(self, name: str, source: Tensor | None, values: Tensor, step: Scalar) -> None:
+        """Tell who collects parameters what one is rounded to (see :class:`RoundedParameter`)."""
+        if self.switches.rounded is not None:
+            steps = torch.as_tensor(step, dtype=torch.float32).detach()
+            self.switches.rounded.append(
+                RoundedParameter(self.key, name, source, values.detach(), steps)
+            )
+
+    def hold(self, name: str, step: Scalar) -> Tensor:
+        """Set the step that a weight has while ranges are frozen, and return it.
+
+        Args:
+            name: Tells the weights of the site apart.
+            step: 0-dim, or one per channel.
+        """
+        kept = torch.as_tensor(step, dtype=torch.float32).clone()
+        self.register_buffer(_held(name), kept)
+        return kept
+
+    def weight_step_in_use(self, name: str) -> Tensor | None:
+        """Return the step that a weight is held at, or had in the latest forward; None before.
+
+        Args:
+            name: Tells the weights of the site apart.
+        """
+        kept: Any = self._buffers.get(_held(name))
+        step = self.latest_steps.get(name) if kept is None else kept
+        return None if step is None else torch.as_tensor(step, dtype=torch.float32).detach().clone()
 
     @property
     def moves_weight_ranges(self) -> bool:
@@ -392,12 +454,28 @@ class Site(nn.Module):
                 quantizer.learned.value.requires_grad_("activations" not in parts)
         if self.learned_weight is not None:
             self.learned_weight.value.requires_grad_("weights" not in parts)
-        for module in self.modules():
-            if isinstance(module, GradientQuantizer):
-                module.frozen = "gradients" in parts
+        for node in self.gradient_quantizers():
+            node.frozen = "gradients" in parts
         if "weights" not in parts:
             self.release_steps()
         self.thaw()
+
+    def gradient_quantizers(self) -> list[GradientQuantizer]:
+        """Return what rounds the gradients of its parameters and activations."""
+        return [module for module in self.modules() if isinstance(module, GradientQuantizer)]
+
+    def leave_float(self, parts: frozenset[FloatPart]) -> None:
+        """Round everything but some parts."""
+        self.floating = parts
+        for quantizer in self.quantizers():
+            quantizer.rounds = "activations" not in parts
+        self.thaw()
+
+    @property
+    def passes_float(self) -> bool:
+        """Whether the result is that of the float function, because the op cannot part them."""
+        apart = self.op.rounds_parts_apart
+        return not apart and self.output is not None and "activations" in self.floating
 
     def release_steps(self) -> None:
         """Forget the steps that were held while ranges were frozen."""
@@ -491,6 +569,10 @@ class Site(nn.Module):
     def extra_repr(self) -> str:
         """Show the key."""
         return self.key
+
+
+def _held(name: str) -> str:
+    return _HELD + name.replace(".", ":")
 
 
 def narrowed_step(tag: Tag, bits: int) -> Scalar:

@@ -26,6 +26,8 @@ class Tag:
             number or, while ranges move, a 0-dim tensor; None on a symmetric grid.
         reach: Largest magnitude the codes are there to cover; a step that a platform made coarser
             covers more. None if unknown.
+        rounded: Whether the values are on the grid; those of a quantizer that is told to leave them
+            in float are not.
     """
 
     step: Scalar
@@ -34,6 +36,7 @@ class Tag:
     dtype: torch.dtype = torch.float32
     zero_point: Bound | None = None
     reach: Scalar | None = None
+    rounded: bool = True
 
     @property
     def affine(self) -> bool:

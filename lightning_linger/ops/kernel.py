@@ -182,7 +182,9 @@ def run_kernel(
         seen = result.detach()
         output.observe(seen if observe is None else observe(seen), cap)
     usable = output.step(finest)
-    if rounds or not (isinstance(usable, float) and all(map(_has_readable_step, operands))):
+    if rounds or not (
+        isinstance(usable, float) and output.rounds and all(map(_has_readable_step, operands))
+    ):
         result = real(*operands) if result is None else result
         return output.round(result, usable, dtype)
     target = Target.of(output, usable)
@@ -260,8 +262,9 @@ def _coded(x: Tensor) -> Tensor:
 
 
 def _has_readable_step(x: Tensor) -> bool:
+    """Whether there are codes, and a number that they stand for."""
     tag = tag_of(x)
-    return tag is not None and isinstance(readable(tag.step, x), float)
+    return tag is not None and tag.rounded and isinstance(readable(tag.step, x), float)
 
 
 def _dtype(operands: Sequence[Tensor]) -> torch.dtype:

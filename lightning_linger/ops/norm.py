@@ -151,7 +151,7 @@ class BatchNormOp(Op):
     """
 
     has_parameters = True
-
+    rounds_parts_apart = True
     needs_quantized_operand = False
 
     def bind(self, *args: Any, **kwargs: Any) -> BatchNormCall:
@@ -349,9 +349,11 @@ class BatchNormOp(Op):
             absmax = torch.maximum(absmax, finest * grid.qmax)
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
         step_a = torch.as_tensor(site.held("weight", step_a))
-        alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
-        limits_b = float32_code_limits(site.config.bias_bits)
-        beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
+        if "weights" not in site.floating:
+            alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
+        if "biases" not in site.floating:
+            limits_b = float32_code_limits(site.config.bias_bits)
+            beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
         return alpha, beta, step_a
 
     @torch.no_grad()

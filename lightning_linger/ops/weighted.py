@@ -97,6 +97,7 @@ class WeightedOp(Op):
     needs_quantized_operand = False
     has_parameters = True
     learns_weight_ranges = True
+    rounds_parts_apart = True
 
     def parameters(self, call: Any) -> list[Any]:
         """The weight."""
@@ -284,15 +285,19 @@ class WeightedOp(Op):
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_weight
-        if learned is not None and site.training:
+        rounds = "weights" not in site.floating
+        if rounds and learned is not None and site.training:
             parameter = self.per_channel(call, learned.value) if vector else learned.value
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
-        else:
+        elif rounds:
             weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
+        site.note("weight", call.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
-            bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
+            if "biases" not in site.floating:
+                bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
             bias = site.with_rounded_gradient("bias", bias)
+            site.note("bias", call.bias, bias, step_w * step_x)
         return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     # --- evaluation -------------------------------------------------------------------------
@@ -407,7 +412,7 @@ class WeightedOp(Op):
 
     def _gives_codes(self, site: Site) -> bool:
         """Whether dividing by the output step is exact and nothing needs the real values."""
-        if site.output is None or site.output.grid.rounding != "half_up":
+        if site.output is None or site.output.grid.rounding != "half_up" or site.floating:
             return False
         limits = site.active_limits
         dynamic = (

@@ -128,9 +128,9 @@ class Selection:
         if marked:
             return (fields, None) if fields is not None else (None, "marked on the module")
         for pattern, fields in self.overrides.items():
-            if pattern.startswith(TYPE_PREFIX) and _is_type(site, pattern[len(TYPE_PREFIX) :]):
+            if pattern.startswith(TYPE_PREFIX) and is_type(site, pattern[len(TYPE_PREFIX) :]):
                 return (fields, None) if fields is not None else (None, f"override {pattern!r}")
-        if self.types is not None and not any(_is_type(site, wanted) for wanted in self.types):
+        if self.types is not None and not any(is_type(site, wanted) for wanted in self.types):
             return None, "not in `types`"
         if self.modules is not None and not any(matches(site, p) for p in self.modules):
             return None, "not in `modules`"
@@ -167,7 +167,8 @@ def matches(site: Site, pattern: str) -> bool:
     return False
 
 
-def _is_type(site: Site, wanted: type[nn.Module] | str) -> bool:
+def is_type(site: Site, wanted: type[nn.Module] | str) -> bool:
+    """Whether a site's module is of a type, by class or name, or its op of a kind."""
     if isinstance(wanted, str):
         names = {base.__name__ for base in type(site.owner).__mro__}
         return wanted == site.op.kind or wanted in names

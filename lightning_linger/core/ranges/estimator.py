@@ -103,6 +103,13 @@ class RangeEstimator(nn.Module):
         return torch.maximum(-self.range[0], self.range[1])
 
     @torch.no_grad()
+    def adopt(self, absmax: float) -> None:
+        """Take a half-range from elsewhere, as if it had been seen."""
+        self.range.copy_(torch.tensor([-absmax, absmax]))
+        self.batches.clamp_(min=1)
+        self._known = True
+
+    @torch.no_grad()
     def observe(self, x: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
         """Move the range by one batch.
 
