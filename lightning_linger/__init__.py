@@ -27,6 +27,7 @@ from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
+from lightning_linger.stages.equalize import equalize
 from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
 from lightning_linger.stages.learned import learned_ranges, parameter_groups
@@ -68,6 +69,7 @@ __all__ = [
     "disable_normalize",
     "disable_quant",
     "divergence",
+    "equalize",
     "export_onnx",
     "freeze_ranges",
     "fuse_bn",
