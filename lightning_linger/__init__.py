@@ -40,6 +40,7 @@ from lightning_linger.stages.selection import (
     quant_module,
 )
 from lightning_linger.stages.summary import summary
+from lightning_linger.stages.widths import change_bits
 
 __all__ = [
     "LSTMP",
@@ -61,6 +62,7 @@ __all__ = [
     "analyse_activations",
     "analyse_weights",
     "calibrate",
+    "change_bits",
     "check",
     "compare_references",
     "diff_dumps",

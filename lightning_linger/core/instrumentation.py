@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sites import Site, Switches, real_values
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
+from lightning_linger.core.widths import Widths, set_widths, widths_of
 
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
@@ -268,6 +269,8 @@ class Instrumentation(nn.Module):
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
         self.marks: dict[str, Any] = {}
+        # Widths that sites were planned with and no longer have, by key.
+        self._planned_widths: dict[str, Widths] = {}
         # Whether the state of a model that was planned otherwise may be loaded.
         self.accepts_changes = False
         # The first call of a recorded forward: which module, with what kind of inputs.
@@ -332,6 +335,7 @@ class Instrumentation(nn.Module):
             "quantize": self.switches.quantize,
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "quantizers": self._quantizer_names(),
+            "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
             "plans": self.plans,
             "marks": self.marks,
             "example": self.example,
@@ -352,7 +356,39 @@ class Instrumentation(nn.Module):
         frozen = recipe.get("frozen", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
+        if not self.accepts_changes:
+            self.change_widths(
+                {
+                    **self._planned_widths,
+                    **{
+                        key: Widths(*widths)
+                        for key, widths in recipe.get("widths", {}).items()
+                        if key in self
+                    },
+                }
+            )
         self.thaw()
+
+    def planned_widths(self, site: Site) -> Widths:
+        """Return the widths that a quantized site was planned with."""
+        return self._planned_widths.get(site.key, widths_of(site))
+
+    def change_widths(self, widths: Mapping[str, Widths]) -> None:
+        """Give quantized sites other widths, in place; checkpoints know them from then on.
+
+        Args:
+            widths: By site key; others keep theirs.
+
+        Raises:
+            ConfigError: If a width is not allowed.
+        """
+        for key, changed in widths.items():
+            site = self.find(key)
+            planned = self.planned_widths(site)
+            set_widths(site, changed)
+            self._planned_widths.pop(key, None)
+            if changed != planned:
+                self._planned_widths[key] = planned
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:
         changed = changes(recipe["plans"], self.plans)
@@ -379,6 +415,8 @@ class Instrumentation(nn.Module):
             marks: Marks on modules that it read, by dotted path.
         """
         # The latest plan stands last: what is planned first, the next one builds on.
+        if stage == "quantize":
+            self._planned_widths = {}
         self.plans.pop(stage, None)
         self.plans[stage] = plain_data(plan)
         self.marks[stage] = plain_data(marks)
