@@ -7,6 +7,7 @@ from lightning_linger.__about__ import __version__
 from lightning_linger.analysis.check import check
 from lightning_linger.analysis.dumps import Dumper, compare_references, diff_dumps, read_dump
 from lightning_linger.analysis.resources import resources
+from lightning_linger.analysis.sensitivity import sensitivity
 from lightning_linger.analysis.statistics import analyse_activations, analyse_weights
 from lightning_linger.core.config import FuseConfig, Limit, NormalizeConfig, QuantConfig
 from lightning_linger.core.errors import (
@@ -86,6 +87,7 @@ __all__ = [
     "quantize",
     "read_dump",
     "resources",
+    "sensitivity",
     "strip",
     "summary",
     "verify",
