@@ -4,6 +4,7 @@ What you train is, bit for bit, what the chip runs.
 """
 
 from lightning_linger.__about__ import __version__
+from lightning_linger.analysis.bits import choose_bits
 from lightning_linger.analysis.check import check
 from lightning_linger.analysis.dumps import Dumper, compare_references, diff_dumps, read_dump
 from lightning_linger.analysis.resources import resources
@@ -65,6 +66,7 @@ __all__ = [
     "calibrate",
     "change_bits",
     "check",
+    "choose_bits",
     "compare_references",
     "diff_dumps",
     "disable_normalize",
