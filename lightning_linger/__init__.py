@@ -4,9 +4,11 @@ What you train is, bit for bit, what the chip runs.
 """
 
 from lightning_linger.__about__ import __version__
+from lightning_linger.analysis.bits import choose_bits
 from lightning_linger.analysis.check import check
 from lightning_linger.analysis.dumps import Dumper, compare_references, diff_dumps, read_dump
 from lightning_linger.analysis.resources import resources
+from lightning_linger.analysis.sensitivity import sensitivity
 from lightning_linger.analysis.statistics import analyse_activations, analyse_weights
 from lightning_linger.core.config import FuseConfig, Limit, NormalizeConfig, QuantConfig
 from lightning_linger.core.errors import (
@@ -42,6 +44,7 @@ from lightning_linger.stages.selection import (
     quant_module,
 )
 from lightning_linger.stages.summary import summary
+from lightning_linger.stages.widths import change_bits
 
 __all__ = [
     "LSTMP",
@@ -63,7 +66,9 @@ __all__ = [
     "analyse_activations",
     "analyse_weights",
     "calibrate",
+    "change_bits",
     "check",
+    "choose_bits",
     "compare_references",
     "diff_dumps",
     "disable_normalize",
@@ -88,6 +93,7 @@ __all__ = [
     "quantize",
     "read_dump",
     "resources",
+    "sensitivity",
     "strip",
     "summary",
     "verify",

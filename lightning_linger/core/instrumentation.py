@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sites import Site, Switches, real_values
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
+from lightning_linger.core.widths import Widths, set_widths, widths_of
 
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
@@ -269,6 +270,8 @@ class Instrumentation(nn.Module):
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
         self.marks: dict[str, Any] = {}
+        # Widths that sites were planned with and no longer have, by key.
+        self._planned_widths: dict[str, Widths] = {}
         # Whether the state of a model that was planned otherwise may be loaded.
         self.accepts_changes = False
         # The first call of a recorded forward: which module, with what kind of inputs.
@@ -335,6 +338,7 @@ class Instrumentation(nn.Module):
             "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
             "gradients": self._gradient_states(),
             "quantizers": self._quantizer_names(),
+            "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
             "plans": self.plans,
             "marks": self.marks,
             "example": self.example,
@@ -360,6 +364,17 @@ class Instrumentation(nn.Module):
         for node in self._gradient_quantizers():
             active, kept = states.get(node.name, (True, node.frozen))
             node.active, node.frozen = active, kept
+        if not self.accepts_changes:
+            self.change_widths(
+                {
+                    **self._planned_widths,
+                    **{
+                        key: Widths(*widths)
+                        for key, widths in recipe.get("widths", {}).items()
+                        if key in self
+                    },
+                }
+            )
         self.thaw()
 
     def _gradient_quantizers(self) -> Iterator[GradientQuantizer]:
@@ -373,6 +388,27 @@ class Instrumentation(nn.Module):
         """
         nodes = self._gradient_quantizers()
         return {n.name: (n.active, n.frozen) for n in nodes if n.frozen or not n.active}
+
+    def planned_widths(self, site: Site) -> Widths:
+        """Return the widths that a quantized site was planned with."""
+        return self._planned_widths.get(site.key, widths_of(site))
+
+    def change_widths(self, widths: Mapping[str, Widths]) -> None:
+        """Give quantized sites other widths, in place; checkpoints know them from then on.
+
+        Args:
+            widths: By site key; others keep theirs.
+
+        Raises:
+            ConfigError: If a width is not allowed.
+        """
+        for key, changed in widths.items():
+            site = self.find(key)
+            planned = self.planned_widths(site)
+            set_widths(site, changed)
+            self._planned_widths.pop(key, None)
+            if changed != planned:
+                self._planned_widths[key] = planned
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:
         changed = changes(recipe["plans"], self.plans)
@@ -399,6 +435,8 @@ class Instrumentation(nn.Module):
             marks: Marks on modules that it read, by dotted path.
         """
         # The latest plan stands last: what is planned first, the next one builds on.
+        if stage == "quantize":
+            self._planned_widths = {}
         self.plans.pop(stage, None)
         self.plans[stage] = plain_data(plan)
         self.marks[stage] = plain_data(marks)

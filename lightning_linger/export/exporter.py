@@ -17,6 +17,7 @@ from torch import nn
 from lightning_linger.__about__ import __version__
 from lightning_linger.core.errors import ConfigError, NotReadyError
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.logs import logger
 from lightning_linger.core.sites import Site
 from lightning_linger.export.capture import capture
 from lightning_linger.export.dialect import Dialect
@@ -131,6 +132,7 @@ def export_onnx(
         exported = open_axes(build, sizes) if sizes else build({})
     _remove_unused(exported.graph)
     write_model(exported, target, external_data)
+    logger.info("wrote %s in dialect %s", target, dialect)
     return target
 
 

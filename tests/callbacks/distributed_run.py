@@ -4,11 +4,13 @@ Lightning starts the second process, which runs this file again. Every scenario 
 of its rank; each rank writes one JSON file.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from lightning_linger.callbacks import (
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.simulate.metrics import Divergence, OutputError
 from lightning_linger.stages.learned import learned_ranges
 from tests.callbacks.boring import CLASSES, Classifier, trainer
 
@@ -213,6 +216,19 @@ def metrics(folder: Path) -> dict[str, Any]:
     }
 
 
+def without_data(_: Path) -> dict[str, Any]:
+    """Only rank 1 has seen values; rank zero, which would warn, has not."""
+    outputs, divergence = OutputError(), Divergence(["site"])
+    if dist.get_rank():
+        values = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+        outputs.update(values, values.flip(0))
+        divergence.update("site", 1.0, values, values + 1, values, values, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row, (site,) = outputs.row(), divergence.rows()
+    return {"outputs": dataclasses.asdict(row) if row else None, "max_lsb": site.max_lsb}
+
+
 def export(folder: Path) -> dict[str, Any]:
     class Writers(pl.Callback):
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -292,6 +308,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "estimators": estimators,
     "learned by chance": learned_by_chance,
     "metrics": metrics,
+    "without data": without_data,
     "export": export,
     "resume": resume,
     "condition": condition,

@@ -108,6 +108,9 @@ def test_two_processes(tmp_path: Path) -> None:
     for name, bound in limited.items():
         assert first["dynamic limits"]["ranges"][name] == pytest.approx(bound, rel=1e-5)
 
+    assert first["without data"]["max_lsb"] == 1
+    assert first["without data"]["outputs"]["changed"] == 1.0
+
     # Two batches of 4 images on each rank, 4 classes.
     counted = {site: elements for site, elements, _ in first["metrics"]["divergence"]}
     assert counted["fc/linear/0"] == 2 * 4 * RANKS * 4

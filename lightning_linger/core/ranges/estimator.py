@@ -127,6 +127,13 @@ class RangeEstimator(nn.Module):
         else:
             self._observe_tensors(x, batch, low, high)
 
+    def forget(self) -> None:
+        """Start anew, as if no batch had been seen; a fixed range stays."""
+        if not self.fixed:
+            for buffer in self.buffers(recurse=False):
+                buffer.zero_()
+            self._known = False
+
     def _observe_values(self, x: Tensor, batch: Tensor, low: float, high: float) -> None:
         """Move the range with the values at hand: few operations, and a warning if needed."""
         lowest, highest = batch.tolist()
