@@ -157,7 +157,7 @@ def keeps_codes(
     if node.op_type == "Clip":  # real edges mean real values
         given = not any(attribute.name in ("min", "max") for attribute in node.attribute)
         return given and all(_is_whole(edge) for edge in others)
-    if node.op_type == "Pad":
+    if node.op_type in ("Pad", "iqPad"):
         return len(node.input) < 3 or not node.input[2] or _is_whole(constants.get(node.input[2]))
     return node.op_type in _KEEPING
 

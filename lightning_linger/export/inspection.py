@@ -9,7 +9,7 @@ import onnx
 
 from lightning_linger.export.chain import INTEGER, REAL, Chain, Walk
 from lightning_linger.export.flow import Engine, engine_of
-from lightning_linger.export.generations import LINGER1, LINGER1_DOMAIN
+from lightning_linger.export.generations import LINGER1, LINGER1_DOMAIN, ONLY_READ, TYPED_NAMES
 from lightning_linger.export.linger_walk import LingerWalk
 from lightning_linger.export.qdq_walk import QDQWalk
 from lightning_linger.export.reading import (
@@ -102,6 +102,7 @@ def inspect_model(source: Source) -> Inspection:
 def _dialect_of(graph: onnx.GraphProto, engines: Mapping[str, Engine | None]) -> str:
     if any(engines.values()):
         older = {s.op_type for name, s in LINGER1.items() if s.op_type != name}
+        older |= {*ONLY_READ, *TYPED_NAMES}
         named = any(node.op_type in older for node in graph.node)
         domain = any(node.domain == LINGER1_DOMAIN for node in graph.node)
         return "linger1" if named or domain else "linger3"

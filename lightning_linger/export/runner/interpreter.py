@@ -34,6 +34,7 @@ from lightning_linger.export.runner import (
     normalization,
     pool,
     recurrent,
+    reduction,
     softmax,
 )
 from lightning_linger.export.runner.plain import run_plain
@@ -53,6 +54,7 @@ KERNELS: dict[str, Kernel] = {
     **matmul.KERNELS,
     **recurrent.KERNELS,
     **arithmetic.KERNELS,
+    **reduction.KERNELS,
     **movement.KERNELS,
 }
 
