@@ -158,7 +158,7 @@ def written_cases():
 
 
 @pytest.mark.parametrize("platform", ["venusa", "venus"])
-@pytest.mark.parametrize(("generation", "case", "name"), written_cases())
+@pytest.mark.parametrize(("generation", "case", "name"), list(written_cases()))
 def test_the_runner_computes_what_the_model_does(
     generation, case, name, platform, extended, tmp_path
 ):
