@@ -99,7 +99,7 @@ class ClampOp(Op):
         tag = tag_of(x)
         if x is None or tag is None:
             return NotImplemented
-        low, high = (_edge_code(edge, tag) for edge in (call.low, call.high))
+        low, high = (edge_code(edge, tag) for edge in (call.low, call.high))
         codes = integer_codes(x)
         assert codes.dtype == payload_dtype(tag.bits)
         return with_tag(integer_clamp(codes, low, high, tag.bits, site.platform_name), tag)
@@ -128,7 +128,8 @@ def _between(
     return with_tag(x if high is None else smaller(x, high), tag)
 
 
-def _edge_code(edge: float, tag: Tag) -> int:
+def edge_code(edge: float, tag: Tag) -> int:
+    """Return the code of a clamp's edge, which may be infinite."""
     low, high = (int(code) for code in tag.limits)
     if math.isinf(edge):
         return low if edge < 0 else high
@@ -145,7 +146,7 @@ def _on_grid(edge: float, tag: Tag) -> Any:
         return 0.0
     if isinstance(step, Tensor) and not can_read(step):
         return torch.floor(edge / step + 0.5) * step
-    return _edge_code(edge, tag) * float(step)
+    return edge_code(edge, tag) * float(step)
 
 
 def _clamp(x: Tensor, low: Any, high: Any) -> Tensor:
