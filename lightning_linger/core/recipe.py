@@ -37,9 +37,18 @@ class Unreadable:
     text: str
 
 
-def encode(recipe: Mapping[str, Any]) -> Tensor:
-    """Return a recipe as JSON in a uint8 tensor."""
-    return torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
+def encode(recipe: Mapping[str, Any], longest: Mapping[str, Any] | None = None) -> Tensor:
+    """Return a recipe as JSON in a uint8 tensor.
+
+    Args:
+        recipe: Plain data.
+        longest: A recipe whose length every one of the run has, filled up with blanks: sharded
+            checkpoints load into tensors of the size they were saved with.
+    """
+    text = json.dumps(recipe)
+    if longest is not None:
+        text = text.ljust(len(json.dumps(longest)))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def decode(state: Tensor) -> dict[str, Any]:
