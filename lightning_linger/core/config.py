@@ -13,6 +13,7 @@ from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRoundi
 
 Granularity = Literal["tensor", "channel"]
 FuseMode = Literal["running", "batch", "frozen"]
+FUSE_MODES: tuple[FuseMode, ...] = ("running", "batch", "frozen")
 LimitGradient = Literal["zero", "pull"]
 
 
@@ -194,7 +195,7 @@ class FuseConfig:
     mode: FuseMode = "running"
 
     def __post_init__(self) -> None:
-        _require_choice("mode", self.mode, ("running", "batch", "frozen"))
+        _require_choice("mode", self.mode, FUSE_MODES)
 
 
 def override(config: Any, fields: dict[str, Any]) -> Any:

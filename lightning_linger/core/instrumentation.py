@@ -31,6 +31,7 @@ from lightning_linger.core.recipe import (
 )
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
+from lightning_linger.core.sharding import class_name, gathers_parameters
 from lightning_linger.core.sites import Site, Switches, real_values
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
 from lightning_linger.core.widths import Widths, set_widths, widths_of
@@ -38,6 +39,8 @@ from lightning_linger.core.widths import Widths, set_widths, widths_of
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
 EXTRA_STATE = "_extra_state"
+# Bytes for what changes at a site during a run, where a recipe has to keep its size.
+ROOM_PER_SITE = 1024
 # A module without parameters whose call is to be seen wherever it is made.
 POINT_MARK = "_linger_point"
 
@@ -205,10 +208,39 @@ class Frame:
         self.entry = entry
         self.invocations = 0
         self.sites: list[dict[str, list[Site]]] = []
+        self._given: Any = None
+
+    def before_gathering(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook in front of that which gathers the parameters of a sharded module."""
+        self.instrumentation.paused = True
+        self._given = (args, kwargs)
+
+    def before_sharding(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook in front of that which lets go of gathered parameters."""
+        self.instrumentation.paused = True
+
+    def _after_gathering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Recognise the arguments again, which autograd functions may have been passed through."""
+        instrumentation = self.instrumentation
+        instrumentation.paused = False
+        given, self._given = self._given, None
+        for before, after in zip(tree_leaves(given), tree_leaves((args, kwargs)), strict=True):
+            same = before is after or not isinstance(after, Tensor)
+            if same or (before.dtype, before.shape) != (after.dtype, after.shape):
+                continue
+            if instrumentation.recorder is not None:
+                instrumentation.recorder.renamed(before, after)
+            tag = tag_of(before)
+            if tag is not None:
+                with_tag(after, tag)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         instrumentation = self.instrumentation
+        if instrumentation.paused:
+            self._after_gathering(args, kwargs)
         calls = instrumentation.calls
         if not instrumentation.engaged:
             # Without a stack nothing tells the calls inside the first one from the next.
@@ -227,10 +259,13 @@ class Frame:
         self.invocations = invocation + 1
         sites = self.sites[invocation] if invocation < len(self.sites) else {}
         instrumentation.stack.append(Activation(self.path, invocation, sites))
+        if instrumentation.recorder is not None:
+            instrumentation.recorder.owns(module)
 
     def exit(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook, called after an error too."""
         instrumentation = self.instrumentation
+        instrumentation.paused = False
         stack = instrumentation.stack
         if not stack or stack[-1].path != self.path:
             return None
@@ -252,6 +287,7 @@ class Instrumentation(nn.Module):
         tap: Called after each site ran, None to call nothing.
         calls: Collects the outermost module calls, the first one only while every stage is off;
             None to collect nothing.
+        paused: Whether what runs now gathers or shards parameters, and is not the model's.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -262,6 +298,7 @@ class Instrumentation(nn.Module):
         self.calls: list[ModuleCall] | None = None
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
+        self.paused = False
         self.site = nn.ModuleDict()
         self.noise: Noise | None = None
         self.learned: list[LearnedScale] = []
@@ -274,6 +311,8 @@ class Instrumentation(nn.Module):
         self._planned_widths: dict[str, Widths] = {}
         # Whether the state of a model that was planned otherwise may be loaded.
         self.accepts_changes = False
+        # Whether checkpoints are loaded tensor by tensor, into tensors of the size they were saved.
+        self.sharded = False
         # The first call of a recorded forward: which module, with what kind of inputs.
         self.example: dict[str, Any] | None = None
         # The dataflow and the classes of the modules, as they are written into checkpoints.
@@ -293,6 +332,12 @@ class Instrumentation(nn.Module):
                 module.register_forward_pre_hook(frame.enter, with_kwargs=True),
                 module.register_forward_hook(frame.exit, always_call=True),
             ]
+            if gathers_parameters(module):
+                before, after = frame.before_gathering, frame.before_sharding
+                self._handles += [
+                    module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+                    module.register_forward_hook(after, prepend=True),
+                ]
         register: Any = self.register_load_state_dict_pre_hook
         register(_keep_what_is_missing)
         self.train(root.training)
@@ -328,8 +373,15 @@ class Instrumentation(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return what is on, and where quantizers are, as JSON in a uint8 tensor."""
-        recipe = {
+        planned = {
             "format": FORMAT_VERSION,
+            "quantizers": self._quantizer_names(),
+            "plans": self.plans,
+            "marks": self.marks,
+            "example": self.example,
+            **self._recorded,
+        }
+        now = {
             "fuse": self.switches.fuse,
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
@@ -337,14 +389,9 @@ class Instrumentation(nn.Module):
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
             "gradients": self._gradient_states(),
-            "quantizers": self._quantizer_names(),
             "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
-            "plans": self.plans,
-            "marks": self.marks,
-            "example": self.example,
-            **self._recorded,
         }
-        return encode(recipe)
+        return encode(planned, now, ROOM_PER_SITE * len(self.site) if self.sharded else None)
 
     def set_extra_state(self, state: Any) -> None:
         """Switch on what was on, after checking that it was planned in the same way."""
@@ -456,7 +503,7 @@ class Instrumentation(nn.Module):
         owners = sorted({node.owner for node in graph if node.owner})
         self._recorded = {
             "graph": graph_to_plain(graph),
-            "owners": {path: type(root.get_submodule(path)).__name__ for path in owners},
+            "owners": {path: class_name(root.get_submodule(path)) for path in owners},
         }
         for node in graph:
             op = op_of(node.op)
@@ -510,6 +557,8 @@ class Instrumentation(nn.Module):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function of the model."""
+        if self.paused:
+            return func(*args, **kwargs)
         canonical = canonical_of(func)
         if self.recorder is not None:
             return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])

@@ -148,7 +148,7 @@ def item_of_weight(name: str) -> str:
     return name if name == _WEIGHT else name + _SUFFIX
 
 
-def numbered(range: str | float) -> int | str:
+def numbered(range: str | float | tuple[float, float]) -> int | str:
     """Return the number of a range method, or its name if it has none."""
     names = {name: int(method) for method, name in STATISTICS.items()}
     return names.get(str(range).removeprefix("last_"), str(range))

@@ -458,7 +458,8 @@ class _Finder:
         """Return what gives the channels, and the site whose result they are."""
         if site.op.kind == "batch_norm":
             self._require_norm(site)
-            return _NormSource(site, site.owner, None), site
+            norm: Any = site.owner
+            return _NormSource(site, norm, None), site
         fold: Any = site.__dict__["fold"]
         if fold is None:
             self._require_own(site)

@@ -20,6 +20,8 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_linger as linger
@@ -66,6 +68,26 @@ class Unused(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.spare = nn.Linear(2, 2)
+
+
+class Sharded(Classifier):
+    """Its layers are sharded in `configure_model`, a folded one together with its batch norm."""
+
+    units = (("stem", "bn"), ("conv",), ("fc",))
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for unit in self.units:
+            if not isinstance(getattr(self, unit[0]), FSDPModule):
+                fully_shard([getattr(self, name) for name in unit], mesh=mesh)
+        if not isinstance(self, FSDPModule):
+            fully_shard(self, mesh=mesh)
+
+
+class ShardedApart(Sharded):
+    """A batch norm is sharded apart from the layer before it."""
+
+    units = (("stem",), ("bn",), ("conv",), ("fc",))
 
 
 def data(batch_size: int) -> DataLoader[Any]:
@@ -266,6 +288,51 @@ def resume(folder: Path) -> dict[str, Any]:
     }
 
 
+def parallel(in_pieces: bool = False, tensors: int = 1) -> Any:
+    return pl.strategies.ModelParallelStrategy(
+        data_parallel_size=RANKS // tensors,
+        tensor_parallel_size=tensors,
+        save_distributed_checkpoint=in_pieces,
+    )
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """Return weights and ranges, gathered where they are sharded."""
+    state = module.state_dict()
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """Sharded training is that of DDP, also when it is resumed, and its file a plain model's."""
+
+    def run(
+        name: str, strategy: Any, model: type[Classifier] = Sharded, ckpt: Path | None = None
+    ) -> tuple[Any, Classifier]:
+        saver = pl.callbacks.ModelCheckpoint(folder / name, filename="{epoch}", save_top_k=-1)
+        validators = [IntegerValidatorCallback(batches=1), QuantErrorCallback()]
+        quantize = QuantizeCallback(at_epoch=1, freeze_at_epoch=2)
+        others = [RNGStateCallback(), *validators, saver]
+        callbacks = [FuseBNCallback(), NormalizeCallback(), quantize, *others]
+        options = {"strategy": strategy, "epochs": 4, "ckpt": ckpt, "enable_checkpointing": True}
+        return fit(folder, callbacks, model, **options)
+
+    wanted = whole(run("ddp", "ddp", Classifier)[1])
+    found = {}
+    for in_pieces in (False, True):
+        kind = "pieces" if in_pieces else "file"
+        _, module = run(kind, parallel(in_pieces))
+        found[kind] = whole(module)
+        for epoch in (0, 1, 2):
+            name, ckpt = f"{kind} from {epoch}", folder / kind / f"epoch={epoch}.ckpt"
+            found[name] = whole(run(name, parallel(in_pieces), ckpt=ckpt)[1])
+    loaded = linger.load_checkpoint(Classifier, folder / "file" / "epoch=3.ckpt")
+    found["loaded"] = loaded.state_dict()
+    return {
+        name: [key for key in wanted if not torch.equal(wanted[key], state[key])]
+        for name, state in found.items()
+    }
+
+
 def condition(folder: Path) -> dict[str, Any]:
     """A condition that holds on rank 0 first."""
     on: list[bool] = []
@@ -281,17 +348,21 @@ def condition(folder: Path) -> dict[str, Any]:
     return {"on": on}
 
 
-def message(folder: Path, **options: Any) -> str:
+def message(folder: Path, callbacks: list[Any] | None = None, **options: Any) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the test reads the message
-        fit(folder, stages(), **options)
+        fit(folder, stages() if callbacks is None else callbacks, **options)
     return str(caught.value)
 
 
 def refused(folder: Path) -> dict[str, Any]:
-    parallel = pl.strategies.ModelParallelStrategy()
+    learned = QuantizeCallback(range="tqt")
+    export = ONNXExportCallback(folder / "model.onnx")
     return {
         "sync_batchnorm": message(folder, sync_batchnorm=True),
-        "model parallel": message(folder, strategy=parallel),
+        "sharded apart": message(folder, strategy=parallel(), model=ShardedApart),
+        "learned": message(folder, [learned], strategy=parallel(), model=Sharded),
+        "export": message(folder, [*stages(), export], strategy=parallel(), model=Sharded),
+        "tensor parallel": message(folder, strategy=parallel(tensors=RANKS), model=Sharded),
     }
 
 
@@ -311,6 +382,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "without data": without_data,
     "export": export,
     "resume": resume,
+    "sharded": sharded,
     "condition": condition,
     "refused": refused,
 }
@@ -320,6 +392,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
         place = folder / name.replace(" ", "-")
         place.mkdir(exist_ok=True)
         try:

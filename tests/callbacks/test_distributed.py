@@ -79,9 +79,18 @@ def test_two_processes(tmp_path: Path) -> None:
         assert len(set(weights)) == len(weights) == 3 * distributed_run.BATCHES, name
     assert first["resume"] == {"0": [], "1": []}
     assert first["condition"] == {"on": [False, True, True]}
-    assert first["refused"].keys() == {"sync_batchnorm", "model parallel"}
-    assert "replaces every batch norm" in first["refused"]["sync_batchnorm"]
-    assert "shards the parameters" in first["refused"]["model parallel"]
+    assert first["sharded"].keys() > {"file", "pieces", "file from 1", "pieces from 1", "loaded"}
+    assert not any(first["sharded"].values()), "sharded training differs from DDP"
+    said = {
+        "sync_batchnorm": "replaces every batch norm",
+        "sharded apart": "`bn` cannot be folded into `stem`",
+        "learned": "nobody would reduce their gradients",
+        "export": "works on the whole model",
+        "tensor parallel": "a part of its weight",
+    }
+    assert first["refused"].keys() == said.keys()
+    for name, words in said.items():
+        assert words in first["refused"][name], first["refused"][name]
 
     # -40 comes from rank 0 in a batch that is not finite on rank 1, so it is left out.
     assert first["estimators"]["minmax"] == [-12.0, 9.0, 2]
