@@ -36,7 +36,9 @@ from lightning_linger.callbacks import (
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.core.recipe import decode, encode
 from lightning_linger.simulate.metrics import Divergence, OutputError
+from lightning_linger.stages.checkpoints import RECIPE_KEY
 from lightning_linger.stages.learned import learned_ranges
 from tests.callbacks.boring import CLASSES, Classifier, trainer
 
@@ -299,6 +301,7 @@ def parallel(in_pieces: bool = False, tensors: int = 1) -> Any:
 def whole(module: nn.Module) -> dict[str, Tensor]:
     """Return weights and ranges, gathered where they are sharded."""
     state = module.state_dict()
+    state[RECIPE_KEY] = encode(decode(state[RECIPE_KEY]), {})  # without blanks at its end
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
 
 
@@ -326,7 +329,7 @@ def sharded(folder: Path) -> dict[str, Any]:
             name, ckpt = f"{kind} from {epoch}", folder / kind / f"epoch={epoch}.ckpt"
             found[name] = whole(run(name, parallel(in_pieces), ckpt=ckpt)[1])
     loaded = linger.load_checkpoint(Classifier, folder / "file" / "epoch=3.ckpt")
-    found["loaded"] = loaded.state_dict()
+    found["loaded"] = whole(loaded)
     return {
         name: [key for key in wanted if not torch.equal(wanted[key], state[key])]
         for name, state in found.items()
