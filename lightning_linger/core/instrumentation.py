@@ -538,7 +538,7 @@ class Instrumentation(nn.Module):
 
     def _follow_learned(self) -> None:
         """Forget what evaluation derived where learned ranges have changed since (averaging)."""
-        versions = [(x.value.data_ptr(), x.value._version) for x in self.learned]
+        versions = [(p.data_ptr(), p._version) for x in self.learned for p in x.parameters()]
         if versions != self._learned_versions:
             self._learned_versions = versions
             self.thaw()

@@ -43,7 +43,7 @@ class Platform:
             ``table`` means that tables over codes and exact integer steps take their place.
         unsupported: Ops its engine cannot run, and what to use instead.
         stays_float: Ops that are never quantized for it, and why.
-        dialect: Export dialect the target reads.
+        dialect: Export dialect the target reads, empty where no file is made for it.
         engine_name: How the dialect spells the target.
     """
 

@@ -15,7 +15,7 @@ from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, st
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.ranges import LearnedScale, RangeEstimator
+from lightning_linger.core.ranges import LearnedRange, LearnedScale, RangeEstimator
 from lightning_linger.core.rounding import Rounder, half_away, round_value
 from lightning_linger.core.tags import Tag, with_tag
 
@@ -76,7 +76,7 @@ class Quantizer(nn.Module):
         self.window = window or Window()
         self.estimator = RangeEstimator(range, name, grid)
         kind = self.estimator.rule.learned
-        self.learned = LearnedScale(kind, grid) if kind is not None and learns else None
+        self.learned = _learned(kind, grid, name) if kind is not None and learns else None
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
@@ -104,7 +104,7 @@ class Quantizer(nn.Module):
         cap = min(self.window.cap, cap)
         self.estimator.observe(x, max(self.window.low, -cap), min(self.window.high, cap))
         if self.learned is not None and self.known:
-            self.learned.follow(self.estimator.absmax())
+            self.learned.follow_range(*self.estimator.range.unbind())
             if torch.is_grad_enabled():
                 self.learned.start()
 
@@ -158,10 +158,12 @@ class Quantizer(nn.Module):
         self._thaw_in_training()
         if self._frozen_zero is not None:
             return self._frozen_zero
-        if isinstance(step, Tensor) or not can_read(self.estimator.range):
-            step = torch.as_tensor(step, dtype=torch.float32, device=self.estimator.range.device)
-            return self.grid.zero_point_of_range(self.estimator.range[0], step)
-        value = self.grid.zero_point_value_of_range(self.estimator.range[0].item(), step)
+        learned = self.learned
+        low = learned.offset if isinstance(learned, LearnedRange) else self.estimator.range[0]
+        if isinstance(step, Tensor) or not can_read(low):
+            step = torch.as_tensor(step, dtype=torch.float32, device=low.device)
+            return self.grid.zero_point_of_range(low.detach(), step)
+        value = self.grid.zero_point_value_of_range(low.item(), step)
         if not self.training:
             self._frozen_zero = value
         return value
@@ -298,6 +300,9 @@ class Quantizer(nn.Module):
     def reach(self) -> Scalar:
         """Return the absolute maximum of the range."""
         self._thaw_in_training()
+        if isinstance(self.learned, LearnedRange):
+            span = self.learned.step() * (self.grid.qmax - self.grid.qmin)
+            return float(span) if can_read(span) else span
         if self._frozen_reach is not None:
             return self._frozen_reach
         if not can_read(self.estimator.range):
@@ -334,6 +339,10 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the grid and the window."""
         return f"{self.grid}, {self.window}"
+
+
+def _learned(kind: str, grid: Grid, name: str) -> LearnedScale:
+    return LearnedRange(kind, grid, name) if grid.affine else LearnedScale(kind, grid)
 
 
 def readable(step: Scalar, x: Tensor) -> Scalar:

@@ -451,9 +451,9 @@ class Site(nn.Module):
         self.frozen = parts
         for quantizer in self.quantizers():
             if quantizer.learned is not None:
-                quantizer.learned.value.requires_grad_("activations" not in parts)
+                quantizer.learned.requires_grad_("activations" not in parts)
         if self.learned_weight is not None:
-            self.learned_weight.value.requires_grad_("weights" not in parts)
+            self.learned_weight.requires_grad_("weights" not in parts)
         for node in self.gradient_quantizers():
             node.frozen = "gradients" in parts
         if "weights" not in parts:

@@ -297,6 +297,7 @@ class AddOp(PairOp):
     def _finished(
         self, output: Quantizer, codes: Tensor, total: Tensor, step: float, dtype: torch.dtype
     ) -> Tensor:
+        output.latest_step = step
         values = codes.mul_(step).to(dtype)
         values = output.with_gradient(values, total.to(dtype), step)
         return with_tag(values, output.tag(step, dtype))

@@ -7,10 +7,12 @@ from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.presets.linger import linger_config
 from lightning_linger.presets.nics_fix import nics_fix_config
+from lightning_linger.presets.tflite import tflite_config
 
 PRESETS: dict[str, Callable[..., QuantConfig]] = {
     "linger": linger_config,
     "nics_fix": nics_fix_config,
+    "tflite": tflite_config,
 }
 
 

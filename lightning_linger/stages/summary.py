@@ -27,7 +27,8 @@ class SummaryRow:
         scale_kind: ``power_of_two`` or ``free``, with ``/channel`` where each output channel of the
             weight has a scale of its own and ``affine`` where results have a zero point; empty for
             float.
-        scale: Step of the output as a power of two or a number, empty while unknown.
+        scale: Step of the output as a power of two or a number, and its zero point if it has one;
+            empty while unknown.
         range: Largest magnitude of the output seen so far, empty while unknown.
         stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
         why_float: Why it is not quantized, empty if it is.
@@ -145,4 +146,6 @@ def _scale(site: Site) -> str:
     if step is None:
         step = float(site.output.wanted_step())
     exponent = math.log2(step)
-    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"
+    scale = f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"
+    zero_point = site.output.zero_point(step)
+    return scale if zero_point is None else f"{scale} zero {int(zero_point)}"

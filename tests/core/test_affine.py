@@ -9,9 +9,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.quantizer import Quantizer, Window
-from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.core.ranges import LearnedRange, RangeEstimator
 from lightning_linger.core.tags import tag_of
 
 AFFINE = Grid(8, "free", "half_away", symmetry="affine")
@@ -214,6 +215,73 @@ def test_other_grids_keep_symmetric_ranges() -> None:
     found.observe(torch.tensor([-1.0, 2.0]))
     assert found.range.tolist() == [-2.0, 2.0]
     assert "ends" not in dict(RangeEstimator("mse", "layer", Grid(8)).named_buffers())
+
+
+# --- learned ends -------------------------------------------------------------------------------
+
+
+def learning(window: Window | None = None) -> Quantizer:
+    """LSQ+ behind its first batch, whose range is -1 to 2."""
+    found = Quantizer("layer", AFFINE, "lsq", window)
+    found.estimator.range.copy_(torch.tensor([-1.0, 2.0]))
+    assert found.learned is not None
+    found.learned.follow_range(*found.estimator.range.unbind())
+    found.learned.start()
+    found.estimator._known = True
+    return found
+
+
+def test_a_learned_range_starts_from_the_estimator() -> None:
+    found = learning()
+    assert isinstance(found.learned, LearnedRange)
+    assert found.step() == float(np.float32(3.0) / np.float32(255))
+    assert found.learned.offset.item() == -1.0
+    assert found.zero_point(found.step()) == -43
+
+
+@pytest.mark.parametrize("window", [Window(), Window(low=0.0), Window(high=1.0)])
+def test_gradients_of_step_and_offset(window: Window) -> None:
+    """LSQ+, equations 4 and 5: codes count from the first one of the grid."""
+    torch.manual_seed(0)
+    found = learning(window)
+    x = (torch.randn(500) * 2).requires_grad_()
+    cotangent = torch.randn(500)
+    y = found(x)
+    (y * cotangent).sum().backward()
+    step, n, p = float(found.step()), -85, 170
+    low, high = (int(code) for code in found.code_bounds(step))
+    assert (low, high) == (max(n, 0) if window.low == 0 else n, 85 if window.high == 1 else p)
+    scale = 1 / math.sqrt(500 * 255)
+    expected_step = expected_offset = 0.0
+    for value, g in zip(x.tolist(), cotangent.tolist(), strict=True):
+        v = value / step
+        if v <= low:
+            expected_offset += g if low == n else 0.0
+        elif v >= high:
+            expected_offset += g if high == p else 0.0
+            expected_step += g * 255 if high == p else 0.0
+        else:
+            expected_step += g * (math.copysign(math.floor(abs(v) + 0.5), v) - v)
+    learned = found.learned
+    assert isinstance(learned, LearnedRange)
+    assert learned.value.grad.item() == pytest.approx(expected_step * scale, rel=1e-3, abs=1e-4)
+    assert learned.offset.grad.item() == pytest.approx(expected_offset * scale, rel=1e-3, abs=1e-6)
+    inside = (x.detach() > low * step) & (x.detach() < high * step)
+    assert torch.equal(x.grad, cotangent * inside)
+
+
+def test_an_offset_above_zero_leaves_zero_a_code() -> None:
+    found = learning()
+    with torch.no_grad():
+        found.learned.offset.fill_(0.5)  # type: ignore[union-attr]
+    assert found.zero_point(found.step()) == -128
+    assert found(torch.tensor([0.0, 0.2]))[0] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["tqt", "pact"])
+def test_other_learned_ranges_have_no_offset(kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`layer`: range='{kind}'.*Use range='lsq'"):
+        Quantizer("layer", AFFINE, kind)
 
 
 def test_a_module_shows_its_grid() -> None:

@@ -176,6 +176,10 @@ class LearnedScale(nn.Module):
         """Take the value of a half-range; where gradients are on, they take over from here."""
         self.value.copy_(self._parameter(half_range))
 
+    def follow_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the value of the half-range that two ends ask for."""
+        self.follow(torch.maximum(-low, high))
+
     def start(self) -> None:
         """Let gradients take over."""
         self.started = True
