@@ -52,6 +52,9 @@ class QuantConfig:
             activations are rounded where they enter the layer that made them, those of weights and
             biases of layers before the mask of clipped values.
         gradient_range: Range estimator of gradients, or a number for a fixed range.
+        statistics_bits: Width of the running mean and variance of batch norms, folded or not, each
+            on a grid of its own, in evaluation, integers and export; training moves them in float.
+            None leaves them in float.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -83,6 +86,7 @@ class QuantConfig:
     narrow_weights: bool | None = None
     strict_maximum: bool = False
     seed: int = 0
+    statistics_bits: int | None = None
 
     def __post_init__(self) -> None:
         _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
@@ -90,6 +94,8 @@ class QuantConfig:
         _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        if self.statistics_bits is not None:
+            _require_bits("statistics_bits", self.statistics_bits, MIN_BITS, 16)
         if self.gradient_bits is not None:
             _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))

@@ -386,6 +386,7 @@ class Instrumentation(nn.Module):
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
+            "watch": self.switches.watch,
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
             "gradients": self._gradient_states(),
@@ -403,6 +404,7 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
+        switches.watch = recipe.get("watch", False) and "quantize" in planned
         frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
@@ -601,6 +603,8 @@ class Instrumentation(nn.Module):
         call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "float":
             result = op.run_float(site, call)
+            if site.watching:
+                return self._watch(site, call, result, canonical, func, args, kwargs)
         elif site.passes_float:
             result = self._run_passing(site, call, func, args, kwargs)
         else:
@@ -610,6 +614,27 @@ class Instrumentation(nn.Module):
                 result = tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
         if result is NotImplemented:
             return self._run_plain(func, args, kwargs, canonical.inplace)
+        return result
+
+    def _watch(
+        self,
+        site: Site,
+        call: Any,
+        result: Any,
+        canonical: Canonical,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Move the ranges of a site by a float forward, and return its result."""
+        site.watch_operands(site.op.operands(call))
+        plain = result is NotImplemented
+        if plain:
+            result = self._run_plain(func, args, kwargs, canonical.inplace)
+        # A layer that has a batch norm to come is observed behind it.
+        finished = not plain and site.op.rounds_parts_apart
+        if isinstance(result, Tensor) and not finished and not site.completes_fold:
+            site.watch_result(result)
         return result
 
     def _run_passing(

@@ -215,7 +215,7 @@ class _Load(NamedTuple):
         if not all(0 < one < float("inf") for one in scales):
             msg = f"`{item.label}`: a scale is a positive number. Found: {scale!r}."
             raise ConfigError(msg)
-        grid = _grid(item, grad)
+        grid = node.grid if grad and node is not None else item.grid
         steps = [step_of_half_range(one, grid) for one in scales]
         for step in steps:
             grid.absmax_of(step)
@@ -237,12 +237,6 @@ class _Load(NamedTuple):
             if "weights" in item.site.frozen:
                 item.site.hold(item.weight_name, step)
             item.site.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
-
-
-def _grid(item: Item, grad: bool) -> Any:
-    if grad and item.gradient is not None:
-        return item.gradient.grid
-    return item.quantizer.grid if item.quantizer is not None else item.site.weight_grid
 
 
 def _resolve_weights(

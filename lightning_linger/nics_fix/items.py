@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class QuantizeMethod(IntEnum):
 PARTS: dict[Kind, FloatPart] = {"weight": "weights", "bias": "biases", "activation": "activations"}
 
 _WEIGHT, _SUFFIX = "weight", " weight"
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Item:
         module: Dotted path of the module; where it makes several calls, the key of the call.
         name: ``weight``, ``bias`` or ``activation``; ``input0`` for what a layer rounds before it
             reads it; an op with several weights or inner results has a name for each, like
-            ``query weight`` and ``query``.
+            ``query weight`` and ``query``. The running statistics of a batch norm, where they
+            are rounded, are weights.
         kind: Which of the three it is.
         site: The call.
         quantizer: Of an activation.
@@ -67,6 +70,15 @@ class Item:
         return self.name.removesuffix(_SUFFIX)
 
     @property
+    def grid(self) -> Grid:
+        """What its values are rounded to, a bias aside."""
+        if self.quantizer is not None:
+            return self.quantizer.grid
+        grid = self.site.weight_grid
+        assert grid is not None  # only what has weights has items of weights
+        return dataclasses.replace(grid, bits=self.bitwidth) if self.name in _STATISTICS else grid
+
+    @property
     def gradient(self) -> GradientQuantizer | None:
         """What rounds its gradient, if it is to be rounded."""
         if self.quantizer is not None:
@@ -79,6 +91,8 @@ class Item:
         """Width of its codes."""
         if self.quantizer is not None:
             return self.quantizer.grid.bits
+        if self.name in _STATISTICS:
+            return self.config.statistics_bits or 0
         return self.site.weight_bits if self.kind == "weight" else self.config.bias_bits
 
     @property
@@ -101,6 +115,8 @@ class Item:
     @property
     def range_method(self) -> int | str:
         """The number of its range method, or the name of an estimator that NICS-fix has not."""
+        if self.name in _STATISTICS:
+            return numbered("absmax")
         if self.quantizer is None:
             return numbered(self.config.weight_range)
         return numbered(self.quantizer.estimator.kind)
@@ -145,7 +161,7 @@ def gradient_method(node: GradientQuantizer, instrumentation: Instrumentation) -
 
 def item_of_weight(name: str) -> str:
     """Return the item of a weight, apart from an inner result of the same name."""
-    return name if name == _WEIGHT else name + _SUFFIX
+    return name if name in (_WEIGHT, *_STATISTICS) else name + _SUFFIX
 
 
 def numbered(range: str | float | tuple[float, float]) -> int | str:

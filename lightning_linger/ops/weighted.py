@@ -36,6 +36,7 @@ from lightning_linger.ops.folding import (
     mark_folded,
     running_bias,
     running_factor,
+    running_statistics,
     snapshot,
     uses_batch_statistics,
 )
@@ -260,9 +261,10 @@ class WeightedOp(Op):
         bias = None if call.bias is None else full(call.bias)
         bn: Any = site.active_fold
         if bn is not None:
-            factor = running_factor(bn)
+            mean, var = running_statistics(site, bn.running_mean, bn.running_var)
+            factor = running_factor(bn, var)
             weight = weight * self.per_channel(call, factor)
-            bias = running_bias(bn, bias, factor)
+            bias = running_bias(bn, mean, bias, factor)
         return self._constrained(site, call, weight, bias, step_x)
 
     def _constrained(
@@ -623,6 +625,8 @@ def finish(
     if not (quantized and site.output is not None and static):
         y = site.limit_output(y)
     if not quantized:
+        if site.watching:
+            site.watch_result(y)
         return y.to(dtype)
     if site.output is None:
         if site.config is not None and site.config.output_bits == 32 and product is not None:

@@ -67,6 +67,15 @@ def switch_quantize(model: nn.Module, on: bool) -> nn.Module:
     return model
 
 
+def switch_watch(model: nn.Module, on: bool) -> nn.Module:
+    """Let float forwards in training mode move planned ranges, ahead of quantization, or not."""
+    instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.watch
+    instrumentation.switches.watch = on
+    log_switch(model, "observe", before, on)
+    return model
+
+
 def plan_quantize(
     model: nn.Module,
     config: QuantConfig,
