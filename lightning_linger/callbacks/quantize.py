@@ -46,7 +46,8 @@ class QuantizeCallback(StageCallback):
         output_bits: Width of outputs; None for float results.
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
-        granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        granularity: Scales of weights: ``tensor``, ``channel``, ``input_channel`` or a group size;
+            None takes the platform's.
         symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
@@ -91,7 +92,7 @@ class QuantizeCallback(StageCallback):
         output_bits: int | None = 8,
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
-        granularity: Granularity | None = None,
+        granularity: Granularity | int | None = None,
         symmetry: Symmetry | None = None,
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",

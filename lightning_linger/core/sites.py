@@ -403,7 +403,7 @@ class Site(nn.Module):
         return noise.rounder(f"{self.key}:{name}", shared=True)
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> Granularity | int:
         """Granularity of weight scales."""
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
@@ -542,9 +542,20 @@ class Site(nn.Module):
         return self.weight_grid.bits if self.weight_grid else 8
 
     @property
+    def has_groups(self) -> bool:
+        """Whether parts of the weight along its input dimension have scales of their own."""
+        grouped = self.granularity == "input_channel" or isinstance(self.granularity, int)
+        return grouped and self.op.groups_weights
+
+    @property
+    def weight_code_bits(self) -> int:
+        """Width of the weight's integers, which have the step of the finest group."""
+        return WIDEST_OPERAND if self.has_groups else self.weight_bits
+
+    @property
     def widest_operand(self) -> int:
         """Width of the widest operand of the accumulation."""
-        return max(self.weight_bits, self.config.activation_bits if self.config else 8)
+        return max(self.weight_code_bits, self.config.activation_bits if self.config else 8)
 
     @property
     def fixed_point(self) -> bool:

@@ -74,9 +74,16 @@ class Item:
         """What its values are rounded to, a bias aside."""
         if self.quantizer is not None:
             return self.quantizer.grid
+        if self.name in _STATISTICS:
+            return dataclasses.replace(self.grid_of_weight, bits=self.bitwidth)
+        return self.grid_of_weight
+
+    @property
+    def grid_of_weight(self) -> Grid:
+        """The grid of its call's weights."""
         grid = self.site.weight_grid
         assert grid is not None  # only what has weights has items of weights
-        return dataclasses.replace(grid, bits=self.bitwidth) if self.name in _STATISTICS else grid
+        return grid
 
     @property
     def gradient(self) -> GradientQuantizer | None:
@@ -93,7 +100,9 @@ class Item:
             return self.quantizer.grid.bits
         if self.name in _STATISTICS:
             return self.config.statistics_bits or 0
-        return self.site.weight_bits if self.kind == "weight" else self.config.bias_bits
+        if self.kind == "bias":
+            return self.config.bias_bits
+        return self.grid_of_weight.bits
 
     @property
     def config(self) -> QuantConfig:

@@ -107,8 +107,9 @@ def running_statistics(site: Site, mean: Tensor, var: Tensor) -> tuple[Tensor, T
     return rounded[0], rounded[1]
 
 
-def running_factor(bn: Any, var: Tensor) -> Tensor:
-    """Return ``gamma / sigma`` with the running variance, ``[C]``."""
+def running_factor(bn: Any, var: Tensor | None = None) -> Tensor:
+    """Return ``gamma / sigma`` with the running variance, or one in its place, ``[C]``."""
+    var = full(bn.running_var) if var is None else var
     return gamma_of(bn) * torch.rsqrt(var + bn.eps)
 
 

@@ -40,6 +40,7 @@ from lightning_linger.ops.folding import (
     snapshot,
     uses_batch_statistics,
 )
+from lightning_linger.ops.groups import group_steps
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,15 @@ class WeightedOp(Op):
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
-        step_w = site.held("weight", weight_step(site, rows, finest))
-        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
+        step_w: Scalar
+        steps: Scalar
+        if site.has_groups:
+            vector = False
+            steps, step_w = group_steps(site, own, finest)
+        else:
+            step_w = site.held("weight", weight_step(site, rows, finest))
+            vector = isinstance(step_w, Tensor) and step_w.dim() > 0
+            steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_weight
@@ -381,7 +388,7 @@ class WeightedOp(Op):
                 weight=weight,
                 bias=bias,
                 in_codes=in_codes,
-                codes=codes.to(payload_dtype(site.weight_bits)),
+                codes=codes.to(payload_dtype(site.weight_code_bits)),
                 bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
                 steps=[float(s) for s in step_w.flatten()],
                 scale_x=step_x,
