@@ -178,7 +178,7 @@ class Quantizer(nn.Module):
             ConfigError: If no range has it.
         """
         absmax = self.grid.absmax_of(step)
-        self.estimator.adopt(absmax)
+        self.estimator.adopt(-absmax, absmax)
         if self.learned is not None:
             self.learned.follow(self.estimator.absmax())
         self.thaw()

@@ -130,17 +130,20 @@ class Item:
             return numbered(self.config.weight_range)
         return numbered(self.quantizer.estimator.kind)
 
-    def step(self) -> Tensor | None:
-        """Return its step, 0-dim or one per channel, None while it has none.
+    def scale(self) -> Tensor | None:
+        """Return NICS-fix's scale: its half-range, 0-dim or one per channel, or both ends.
 
-        It is what the range asks for: a platform that only shifts right may use a coarser one.
+        It is what the range asks for: a platform that only shifts right may use a coarser one. None
+        while there is none, and for a bias.
         """
-        if self.quantizer is not None:
-            known = self.quantizer.known
-            return self.quantizer.wanted_step().detach().clone() if known else None
-        if self.kind == "weight":
-            return self.site.weight_step_in_use(self.weight_name)
-        return None
+        if self.quantizer is None:
+            step = self.site.weight_step_in_use(self.weight_name)
+            return None if step is None or self.kind == "bias" else half_range(step, self.bitwidth)
+        if not self.quantizer.known:
+            return None
+        if self.quantizer.grid.affine:
+            return self.quantizer.estimator.range.clone()
+        return half_range(self.quantizer.wanted_step().detach().clone(), self.bitwidth)
 
 
 def items_of(model: nn.Module) -> list[Item]:

@@ -200,7 +200,7 @@ class BatchNormOp(Op):
                 widest = product.amax() if isinstance(product, Tensor) else product
                 return finish(site, y, widest, True, tag.dtype)
             prepared = self._prepare(site, call, tag)
-            if site.fixed_point:
+            if site.fixed_point and tag.rounded and not site.floating:
                 return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
             alpha, beta = prepared.alpha, prepared.beta
             if torch.is_grad_enabled() and not capturing():

@@ -317,7 +317,7 @@ class WeightedOp(Op):
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, COMPLETE) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag)
-        if site.fixed_point:
+        if site.fixed_point and tag.rounded and not site.floating:
             return self._evaluate_kernel(site, call, with_tag(x, tag), prepared, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():

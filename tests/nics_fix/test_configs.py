@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "free per channel": {"float_scale": True, "granularity": "channel"},
     "four bits": {"bitwidth": 4},
     "strict": {"strict_maximum": True},
+    "zero points": {"platform": "tflite"},
     "learned": {"range": "tqt", "weight_range": "lsq"},
 }
 
