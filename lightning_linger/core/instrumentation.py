@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import Canonical, canonical_of
-from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
@@ -409,10 +408,9 @@ class Instrumentation(nn.Module):
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
             site.leave_float(frozenset(floating.get(site.key, ())))
-        states = recipe.get("gradients", {})
-        for node in self._gradient_quantizers():
-            active, kept = states.get(node.name, (True, node.frozen))
-            node.active, node.frozen = active, kept
+            for node in site.gradient_quantizers():
+                default = (True, node.frozen)
+                node.active, node.frozen = recipe.get("gradients", {}).get(node.name, default)
         if not self.accepts_changes:
             self.change_widths(
                 {
@@ -426,17 +424,18 @@ class Instrumentation(nn.Module):
             )
         self.thaw()
 
-    def _gradient_quantizers(self) -> Iterator[GradientQuantizer]:
-        return (module for module in self.modules() if isinstance(module, GradientQuantizer))
-
     def _gradient_states(self) -> dict[str, tuple[bool, bool]]:
-        """Return which gradients are not rounded with a moving range, which is what they start as.
+        """Return which gradients are not treated as their site says.
 
         Returns:
             Whether each is rounded, and whether its range stays, by name.
         """
-        nodes = self._gradient_quantizers()
-        return {n.name: (n.active, n.frozen) for n in nodes if n.frozen or not n.active}
+        return {
+            node.name: (node.active, node.frozen)
+            for site in self.sites
+            for node in site.gradient_quantizers()
+            if not node.active or node.frozen != ("gradients" in site.frozen)
+        }
 
     def planned_widths(self, site: Site) -> Widths:
         """Return the widths that a quantized site was planned with."""
