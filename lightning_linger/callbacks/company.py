@@ -37,7 +37,7 @@ def follow_in_average(trainer: Any, module: Any) -> None:
         if average is None or not is_prepared(average):
             continue
         followed, follower = instrumentation_of(module), instrumentation_of(average)
-        for name in ("fuse", "fuse_mode", "normalize", "quantize"):
+        for name in ("fuse", "fuse_mode", "normalize", "quantize", "watch"):
             setattr(follower.switches, name, getattr(followed.switches, name))
         follower.change_widths(
             {site.key: widths_of(site) for site in followed.sites if site.quantized}

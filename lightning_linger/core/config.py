@@ -11,7 +11,7 @@ from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind, Symmetry
 from lightning_linger.core.ranges import RangeRule
 from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRounding
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "input_channel"]
 FuseMode = Literal["running", "batch", "frozen"]
 FUSE_MODES: tuple[FuseMode, ...] = ("running", "batch", "frozen")
 LimitGradient = Literal["zero", "pull"]
@@ -30,7 +30,10 @@ class QuantConfig:
             inputs and weights.
         bias_bits: Width of biases at scale ``step_x * step_w``, 8 to 32.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
-        granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
+        granularity: Of weight scales: ``tensor``, ``channel`` (of the output), ``input_channel``,
+            or a number of input channels that share a scale in each output channel; None takes the
+            platform's. The last two are for linear layers and convolutions with power-of-two
+            scales, where a weight is an integer of up to 16 bits; other weights have one scale.
         symmetry: Of activations of up to 8 bits: ``symmetric`` around zero, or ``affine``, with two
             ends and a zero point; None takes the platform's. Weights, and wider activations, are
             symmetric.
@@ -52,6 +55,9 @@ class QuantConfig:
             activations are rounded where they enter the layer that made them, those of weights and
             biases of layers before the mask of clipped values.
         gradient_range: Range estimator of gradients, or a number for a fixed range.
+        statistics_bits: Width of the running mean and variance of batch norms, folded or not, each
+            on a grid of its own, in evaluation, integers and export; training moves them in float.
+            None leaves them in float.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -68,7 +74,7 @@ class QuantConfig:
     output_bits: int | None = 8
     bias_bits: int = 32
     scale: ScaleKind | None = None
-    granularity: Granularity | None = None
+    granularity: Granularity | int | None = None
     symmetry: Symmetry | None = None
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
@@ -83,6 +89,7 @@ class QuantConfig:
     narrow_weights: bool | None = None
     strict_maximum: bool = False
     seed: int = 0
+    statistics_bits: int | None = None
 
     def __post_init__(self) -> None:
         _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
@@ -90,10 +97,14 @@ class QuantConfig:
         _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        if self.statistics_bits is not None:
+            _require_bits("statistics_bits", self.statistics_bits, MIN_BITS, 16)
         if self.gradient_bits is not None:
             _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
-        _require_choice("granularity", self.granularity, ("tensor", "channel", None))
+        if type(self.granularity) is not int or self.granularity < 1:
+            choices = ("tensor", "channel", "input_channel", None)
+            _require_choice("granularity", self.granularity, choices, "or a group size")
         _require_choice("symmetry", self.symmetry, ("symmetric", "affine", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
         _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
@@ -223,7 +234,10 @@ def _require_weight_range(spec: str | float) -> None:
         raise ConfigError(msg)
 
 
-def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def _require_choice(
+    name: str, value: object, choices: tuple[object, ...], also: str | None = None
+) -> None:
     if value not in choices:
-        msg = f"`{name}` must be one of {choices}. Found: {value!r}."
+        more = "" if also is None else f", {also}"
+        msg = f"`{name}` must be one of {choices}{more}. Found: {value!r}."
         raise ConfigError(msg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
 from lightning_linger.core.functions import Canonical, canonical_of
-from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
@@ -386,6 +385,7 @@ class Instrumentation(nn.Module):
             "fuse_mode": self.switches.fuse_mode,
             "normalize": self.switches.normalize,
             "quantize": self.switches.quantize,
+            "watch": self.switches.watch,
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
             "gradients": self._gradient_states(),
@@ -403,14 +403,14 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
+        switches.watch = recipe.get("watch", False) and "quantize" in planned
         frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
             site.leave_float(frozenset(floating.get(site.key, ())))
-        states = recipe.get("gradients", {})
-        for node in self._gradient_quantizers():
-            active, kept = states.get(node.name, (True, node.frozen))
-            node.active, node.frozen = active, kept
+            for node in site.gradient_quantizers():
+                default = (True, node.frozen)
+                node.active, node.frozen = recipe.get("gradients", {}).get(node.name, default)
         if not self.accepts_changes:
             self.change_widths(
                 {
@@ -424,17 +424,18 @@ class Instrumentation(nn.Module):
             )
         self.thaw()
 
-    def _gradient_quantizers(self) -> Iterator[GradientQuantizer]:
-        return (module for module in self.modules() if isinstance(module, GradientQuantizer))
-
     def _gradient_states(self) -> dict[str, tuple[bool, bool]]:
-        """Return which gradients are not rounded with a moving range, which is what they start as.
+        """Return which gradients are not treated as their site says.
 
         Returns:
             Whether each is rounded, and whether its range stays, by name.
         """
-        nodes = self._gradient_quantizers()
-        return {n.name: (n.active, n.frozen) for n in nodes if n.frozen or not n.active}
+        return {
+            node.name: (node.active, node.frozen)
+            for site in self.sites
+            for node in site.gradient_quantizers()
+            if not node.active or node.frozen != ("gradients" in site.frozen)
+        }
 
     def planned_widths(self, site: Site) -> Widths:
         """Return the widths that a quantized site was planned with."""
@@ -601,6 +602,8 @@ class Instrumentation(nn.Module):
         call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "float":
             result = op.run_float(site, call)
+            if site.watching:
+                return self._watch(site, call, result, canonical, func, args, kwargs)
         elif site.passes_float:
             result = self._run_passing(site, call, func, args, kwargs)
         else:
@@ -610,6 +613,27 @@ class Instrumentation(nn.Module):
                 result = tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
         if result is NotImplemented:
             return self._run_plain(func, args, kwargs, canonical.inplace)
+        return result
+
+    def _watch(
+        self,
+        site: Site,
+        call: Any,
+        result: Any,
+        canonical: Canonical,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Move the ranges of a site by a float forward, and return its result."""
+        site.watch_operands(site.op.operands(call))
+        plain = result is NotImplemented
+        if plain:
+            result = self._run_plain(func, args, kwargs, canonical.inplace)
+        # A layer that has a batch norm to come is observed behind it.
+        finished = not plain and site.op.rounds_parts_apart
+        if isinstance(result, Tensor) and not finished and not site.completes_fold:
+            site.watch_result(result)
         return result
 
     def _run_passing(

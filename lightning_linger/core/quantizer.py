@@ -108,6 +108,11 @@ class Quantizer(nn.Module):
             if torch.is_grad_enabled():
                 self.learned.start()
 
+    def watch(self, x: Tensor, cap: float = math.inf) -> None:
+        """Move the range by a batch that is not rounded; gradients do not take over from here."""
+        with torch.no_grad():
+            self.observe(x.detach().float(), cap)
+
     def wanted_step(self) -> Tensor:
         """Return the step that the range asks for, where the platform has no say."""
         if self.learned is not None:
@@ -175,7 +180,7 @@ class Quantizer(nn.Module):
             ConfigError: If no range has it.
         """
         absmax = self.grid.absmax_of(step)
-        self.estimator.adopt(absmax)
+        self.estimator.adopt(-absmax, absmax)
         if self.learned is not None:
             self.learned.follow(self.estimator.absmax())
         self.thaw()

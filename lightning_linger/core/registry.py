@@ -69,6 +69,7 @@ class Op:
             through time stay with their estimators.
         rounds_parts_apart: Whether its fake-quant form can leave its parameters, or its result, in
             float (:attr:`Site.floating`).
+        groups_weights: Whether its weight ``[O, I, ...]`` can have scales of groups of inputs.
         exact_with_free_scales: Whether fake-quant and integers are equal bit for bit where scales
             are no powers of two; without, they may differ next to rounding ties.
     """
@@ -82,6 +83,7 @@ class Op:
     takes_window: bool = True
     learns_ranges: bool = True
     rounds_parts_apart: bool = False
+    groups_weights: bool = False
     exact_with_free_scales: bool = False
 
     def __init__(self, kind: str) -> None:

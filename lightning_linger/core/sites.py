@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +74,7 @@ class Switches:
         fuse_mode: How.
         normalize: Whether range limits act.
         quantize: Whether quantizers act.
+        watch: Whether float forwards in training mode move the ranges, ahead of quantization.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
         rounded: Collects the parameters that evaluation forwards round, None to collect nothing.
@@ -84,6 +86,7 @@ class Switches:
     fuse_mode: FuseMode = "running"
     normalize: bool = False
     quantize: bool = False
+    watch: bool = False
     system: str = "fake"
     observing: bool = True
     recomputing: bool = False
@@ -97,7 +100,7 @@ class Switches:
     @property
     def any_stage(self) -> bool:
         """Whether some stage is on."""
-        return self.fuse or self.normalize or self.quantize
+        return self.fuse or self.normalize or self.quantize or self.watch
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,27 @@ class Site(nn.Module):
         return "activations" not in self.floating or not all(q.known for q in self.quantizers())
 
     @property
+    def watching(self) -> bool:
+        """Whether this float forward moves the ranges, ahead of quantization."""
+        switches = self.switches
+        ahead = switches.watch and not switches.quantize and switches.system == "fake"
+        return ahead and self.quantized and self.learning
+
+    def watch_operands(self, operands: list[Any]) -> None:
+        """Move the ranges of operands by a float forward."""
+        for position, x in enumerate(operands):
+            if isinstance(x, Tensor) and str(position) in self.inputs:
+                quantizer: Any = self.inputs[str(position)]
+                quantizer.watch(x)
+
+    def watch_result(self, y: Tensor) -> None:
+        """Move the range of the result by a float forward."""
+        if self.output is not None:
+            limit = None if self.active_limits is None else self.active_limits.output
+            static = limit is not None and limit.kind == "static"
+            self.output.watch(y, limit.value if limit is not None and static else math.inf)
+
+    @property
     def ready(self) -> bool:
         """Whether every quantizer knows its range, or is about to learn it in this forward."""
         if self.learning or "ready" in self.prepared:
@@ -239,6 +263,8 @@ class Site(nn.Module):
             and self.ready
         ):
             return switches.system
+        if self.watching:
+            return "float"
         if switches.fuse and (self.fold is not None or self.completes_fold):
             return "float"
         if switches.normalize and self.limits is not None:
@@ -377,7 +403,7 @@ class Site(nn.Module):
         return noise.rounder(f"{self.key}:{name}", shared=True)
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> Granularity | int:
         """Granularity of weight scales."""
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
@@ -505,14 +531,31 @@ class Site(nn.Module):
         return rule.statistic.measure(rows, None, grid)
 
     @property
+    def statistics_bits(self) -> int | None:
+        """Width of the running statistics of a batch norm now, None for float."""
+        quantized = self.switches.quantize and self.switches.system != "float"
+        return self.config.statistics_bits if quantized and self.config is not None else None
+
+    @property
     def weight_bits(self) -> int:
         """Width of the weight."""
         return self.weight_grid.bits if self.weight_grid else 8
 
     @property
+    def has_groups(self) -> bool:
+        """Whether parts of the weight along its input dimension have scales of their own."""
+        grouped = self.granularity == "input_channel" or isinstance(self.granularity, int)
+        return grouped and self.op.groups_weights
+
+    @property
+    def weight_code_bits(self) -> int:
+        """Width of the weight's integers, which have the step of the finest group."""
+        return WIDEST_OPERAND if self.has_groups else self.weight_bits
+
+    @property
     def widest_operand(self) -> int:
         """Width of the widest operand of the accumulation."""
-        return max(self.weight_bits, self.config.activation_bits if self.config else 8)
+        return max(self.weight_code_bits, self.config.activation_bits if self.config else 8)
 
     @property
     def fixed_point(self) -> bool:

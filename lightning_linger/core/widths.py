@@ -81,6 +81,7 @@ def set_widths(site: Site, widths: Widths) -> None:
         _change(site.output, widths.output_bits)
     # Steps that were held while ranges stand still are those of the width before.
     site.release_steps()
+    site.latest_steps = {}
     site.thaw()
 
 

@@ -44,8 +44,9 @@ def get_fix_configs(model: nn.Module, grad: bool = False, data_only: bool = Fals
 
     ``{"net.0": {"weight": {"method": 1, "scale": 0.5, "bitwidth": 8, "range_method": 0}, ...}}``.
     The scale is NICS-fix's, the half-range 2^x: the step is ``scale / 2^(bitwidth - 1)``, and both
-    are exact. It is a list where a weight has one for each channel, and None where there is none
-    yet, or, for a bias, where it is that of the accumulator.
+    are exact. Where there is a zero point it is the two ends of the range. It is a list where a
+    weight has one for each channel, and None where there is none yet, or, for a bias, where it is
+    that of the accumulator.
 
     Args:
         model: A quantized model.
@@ -176,7 +177,10 @@ class _SiteState:
 
 
 class _Load(NamedTuple):
-    """A configuration that was checked, for an item."""
+    """A configuration that was checked, for an item.
+
+    With a zero point the steps are the two ends of the range.
+    """
 
     item: Item
     method: QuantizeMethod | None
@@ -212,10 +216,15 @@ class _Load(NamedTuple):
         if scale is None or (item.kind == "bias" and not grad):
             return _Load(item, wanted, None)
         scales = torch.as_tensor(scale, dtype=torch.float64).flatten().tolist()
+        if item.quantizer is not None and item.quantizer.grid.affine and not grad:
+            if len(scales) != 2 or not scales[0] <= 0.0 <= scales[1]:
+                msg = f"`{item.label}`: a scale is two ends around zero. Found: {scale!r}."
+                raise ConfigError(msg)
+            return _Load(item, wanted, scales)
         if not all(0 < one < float("inf") for one in scales):
             msg = f"`{item.label}`: a scale is a positive number. Found: {scale!r}."
             raise ConfigError(msg)
-        grid = _grid(item, grad)
+        grid = node.grid if grad and node is not None else item.grid
         steps = [step_of_half_range(one, grid) for one in scales]
         for step in steps:
             grid.absmax_of(step)
@@ -228,21 +237,21 @@ class _Load(NamedTuple):
             return
         if grad:
             assert item.gradient is not None  # others are unexpected
-            item.gradient.estimator.adopt(item.gradient.grid.absmax_of(steps[0]))
+            absmax = item.gradient.grid.absmax_of(steps[0])
+            item.gradient.estimator.adopt(-absmax, absmax)
         elif item.quantizer is not None:
-            if not item.quantizer.estimator.fixed:
+            if item.quantizer.estimator.fixed:
+                return
+            if item.quantizer.grid.affine:
+                item.quantizer.estimator.adopt(*steps)
+                item.quantizer.thaw()
+            else:
                 item.quantizer.adopt_step(steps[0])
         else:
             step = torch.tensor(steps) if len(steps) > 1 else torch.tensor(steps[0])
             if "weights" in item.site.frozen:
                 item.site.hold(item.weight_name, step)
             item.site.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
-
-
-def _grid(item: Item, grad: bool) -> Any:
-    if grad and item.gradient is not None:
-        return item.gradient.grid
-    return item.quantizer.grid if item.quantizer is not None else item.site.weight_grid
 
 
 def _resolve_weights(
@@ -262,10 +271,9 @@ def _resolve_weights(
 
 
 def _config(item: Item) -> Config:
-    step = item.step()
     return {
         "method": int(item.method),
-        "scale": None if step is None else half_range(step, item.bitwidth),
+        "scale": item.scale(),
         "bitwidth": item.bitwidth,
         "range_method": item.range_method,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class QuantizeMethod(IntEnum):
 PARTS: dict[Kind, FloatPart] = {"weight": "weights", "bias": "biases", "activation": "activations"}
 
 _WEIGHT, _SUFFIX = "weight", " weight"
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Item:
         module: Dotted path of the module; where it makes several calls, the key of the call.
         name: ``weight``, ``bias`` or ``activation``; ``input0`` for what a layer rounds before it
             reads it; an op with several weights or inner results has a name for each, like
-            ``query weight`` and ``query``.
+            ``query weight`` and ``query``. The running statistics of a batch norm, where they
+            are rounded, are weights.
         kind: Which of the three it is.
         site: The call.
         quantizer: Of an activation.
@@ -67,6 +70,22 @@ class Item:
         return self.name.removesuffix(_SUFFIX)
 
     @property
+    def grid(self) -> Grid:
+        """What its values are rounded to, a bias aside."""
+        if self.quantizer is not None:
+            return self.quantizer.grid
+        if self.name in _STATISTICS:
+            return dataclasses.replace(self.grid_of_weight, bits=self.bitwidth)
+        return self.grid_of_weight
+
+    @property
+    def grid_of_weight(self) -> Grid:
+        """The grid of its call's weights."""
+        grid = self.site.weight_grid
+        assert grid is not None  # only what has weights has items of weights
+        return grid
+
+    @property
     def gradient(self) -> GradientQuantizer | None:
         """What rounds its gradient, if it is to be rounded."""
         if self.quantizer is not None:
@@ -79,7 +98,11 @@ class Item:
         """Width of its codes."""
         if self.quantizer is not None:
             return self.quantizer.grid.bits
-        return self.site.weight_bits if self.kind == "weight" else self.config.bias_bits
+        if self.name in _STATISTICS:
+            return self.config.statistics_bits or 0
+        if self.kind == "bias":
+            return self.config.bias_bits
+        return self.grid_of_weight.bits
 
     @property
     def config(self) -> QuantConfig:
@@ -101,21 +124,26 @@ class Item:
     @property
     def range_method(self) -> int | str:
         """The number of its range method, or the name of an estimator that NICS-fix has not."""
+        if self.name in _STATISTICS:
+            return numbered("absmax")
         if self.quantizer is None:
             return numbered(self.config.weight_range)
         return numbered(self.quantizer.estimator.kind)
 
-    def step(self) -> Tensor | None:
-        """Return its step, 0-dim or one per channel, None while it has none.
+    def scale(self) -> Tensor | None:
+        """Return NICS-fix's scale: its half-range, 0-dim or one per channel, or both ends.
 
-        It is what the range asks for: a platform that only shifts right may use a coarser one.
+        It is what the range asks for: a platform that only shifts right may use a coarser one. None
+        while there is none, and for a bias.
         """
-        if self.quantizer is not None:
-            known = self.quantizer.known
-            return self.quantizer.wanted_step().detach().clone() if known else None
-        if self.kind == "weight":
-            return self.site.weight_step_in_use(self.weight_name)
-        return None
+        if self.quantizer is None:
+            step = self.site.weight_step_in_use(self.weight_name)
+            return None if step is None or self.kind == "bias" else half_range(step, self.bitwidth)
+        if not self.quantizer.known:
+            return None
+        if self.quantizer.grid.affine:
+            return self.quantizer.estimator.range.clone()
+        return half_range(self.quantizer.wanted_step().detach().clone(), self.bitwidth)
 
 
 def items_of(model: nn.Module) -> list[Item]:
@@ -145,7 +173,7 @@ def gradient_method(node: GradientQuantizer, instrumentation: Instrumentation) -
 
 def item_of_weight(name: str) -> str:
     """Return the item of a weight, apart from an inner result of the same name."""
-    return name if name == _WEIGHT else name + _SUFFIX
+    return name if name in (_WEIGHT, *_STATISTICS) else name + _SUFFIX
 
 
 def numbered(range: str | float | tuple[float, float]) -> int | str:

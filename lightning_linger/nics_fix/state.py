@@ -45,7 +45,8 @@ def fix_state_dict(
         if not name.startswith(STATE_PREFIX)
     )
     owners = {
-        parameter.untyped_storage().data_ptr(): name for name, parameter in model.named_parameters()
+        x.untyped_storage().data_ptr(): name
+        for name, x in (*model.named_parameters(), *model.named_buffers())
     }
     instrumentation = instrumentation_of(model)
     for rounded in _rounded_parameters(model, called, args, kwargs):
@@ -57,7 +58,10 @@ def fix_state_dict(
             state[name] = rounded.values.clone()
         else:
             _write(state[name], source, rounded.values)
-        bits = instrumentation.find(rounded.site).weight_bits
+        site = instrumentation.find(rounded.site)
+        bits = site.weight_bits
+        if rounded.name.startswith("running_"):
+            bits = site.statistics_bits or bits
         is_bias = rounded.name.endswith("bias")
         scale = rounded.step if is_bias else rounded.step * 2.0 ** (bits - 1)
         state[_scale_name(state, name, rounded)] = scale.clone()

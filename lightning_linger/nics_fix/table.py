@@ -57,10 +57,11 @@ def fix_table(model: nn.Module) -> FixTable:
 
 
 def print_fix_configs(model: nn.Module) -> None:
-    """Print :func:`fix_table`."""
+    """Print :func:`fix_table`, as plain text where the output is no terminal."""
     from rich.console import Console
 
-    Console().print(fix_table(model))
+    console, table = Console(), fix_table(model)
+    console.print(table if console.is_terminal else str(table), soft_wrap=not console.is_terminal)
 
 
 def _cells(config: Config | None) -> tuple[str, str, str]:

@@ -291,6 +291,7 @@ class ConvOp(WeightedOp):
         super().__init__(kind)
         self.dims = dims
         self.transposed = transposed
+        self.groups_weights = not transposed
 
     def bind(self, *args: Any, **kwargs: Any) -> ConvCall:
         """Bind the arguments of ``F.conv*d`` or ``F.conv_transpose*d``."""
@@ -405,7 +406,7 @@ class ConvOp(WeightedOp):
             prepared.steps,
             result.scale,
             prepared.bits_x,
-            site.weight_bits,
+            site.weight_code_bits,
             result.bits,
             result.low,
             result.high,

@@ -100,6 +100,8 @@ def _(
 class LinearOp(WeightedOp):
     """``F.linear``."""
 
+    groups_weights = True
+
     def bind(self, *args: Any, **kwargs: Any) -> LinearCall:
         """Bind the arguments of ``F.linear``."""
         return LinearCall(*args, **kwargs)
@@ -132,7 +134,7 @@ class LinearOp(WeightedOp):
             prepared.steps,
             result.scale,
             prepared.bits_x,
-            site.weight_bits,
+            site.weight_code_bits,
             result.bits,
             result.low,
             result.high,

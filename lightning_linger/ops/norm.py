@@ -27,6 +27,7 @@ from lightning_linger.ops.folding import (
     folded_of,
     full,
     normalize_scaled,
+    running_statistics,
     update_running,
 )
 from lightning_linger.ops.weighted import (
@@ -175,7 +176,7 @@ class BatchNormOp(Op):
         limits = site.active_limits
         if limits is None:
             return NotImplemented
-        alpha, beta = self._affine(call)
+        alpha, beta = self._affine(site, call)
         alpha = limited(alpha, limits.weight, limits.gradient)
         beta = limited(beta, limits.bias, limits.gradient)
         y = _scale_shift(call.input, alpha, beta)
@@ -199,7 +200,7 @@ class BatchNormOp(Op):
                 widest = product.amax() if isinstance(product, Tensor) else product
                 return finish(site, y, widest, True, tag.dtype)
             prepared = self._prepare(site, call, tag)
-            if site.fixed_point:
+            if site.fixed_point and tag.rounded and not site.floating:
                 return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
             alpha, beta = prepared.alpha, prepared.beta
             if torch.is_grad_enabled() and not capturing():
@@ -314,7 +315,7 @@ class BatchNormOp(Op):
 
     # --- standalone -------------------------------------------------------------------------
 
-    def _affine(self, call: BatchNormCall) -> tuple[Tensor, Tensor]:
+    def _affine(self, site: Site, call: BatchNormCall) -> tuple[Tensor, Tensor]:
         if call.training:
             mean, var = batch_statistics(call.input)
             count = call.input.numel() // call.input.shape[1]
@@ -325,7 +326,7 @@ class BatchNormOp(Op):
         else:
             assert call.running_mean is not None
             assert call.running_var is not None
-            mean, var = full(call.running_mean), full(call.running_var)
+            mean, var = running_statistics(site, call.running_mean, call.running_var)
         alpha = torch.rsqrt(var + call.eps)
         if call.weight is not None:
             alpha = alpha * full(call.weight)
@@ -335,7 +336,7 @@ class BatchNormOp(Op):
     def _quantized_affine(
         self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        alpha, beta = self._affine(call._replace(input=x))
+        alpha, beta = self._affine(site, call._replace(input=x))
         limits = site.active_limits
         if limits is not None:
             alpha = limited(alpha, limits.weight, limits.gradient)

@@ -36,9 +36,11 @@ from lightning_linger.ops.folding import (
     mark_folded,
     running_bias,
     running_factor,
+    running_statistics,
     snapshot,
     uses_batch_statistics,
 )
+from lightning_linger.ops.groups import group_steps
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,10 @@ class WeightedOp(Op):
         bias = None if call.bias is None else full(call.bias)
         bn: Any = site.active_fold
         if bn is not None:
-            factor = running_factor(bn)
+            mean, var = running_statistics(site, bn.running_mean, bn.running_var)
+            factor = running_factor(bn, var)
             weight = weight * self.per_channel(call, factor)
-            bias = running_bias(bn, bias, factor)
+            bias = running_bias(bn, mean, bias, factor)
         return self._constrained(site, call, weight, bias, step_x)
 
     def _constrained(
@@ -279,9 +282,15 @@ class WeightedOp(Op):
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
-        step_w = site.held("weight", weight_step(site, rows, finest))
-        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
+        step_w: Scalar
+        steps: Scalar
+        if site.has_groups:
+            vector = False
+            steps, step_w = group_steps(site, own, finest)
+        else:
+            step_w = site.held("weight", weight_step(site, rows, finest))
+            vector = isinstance(step_w, Tensor) and step_w.dim() > 0
+            steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_weight
@@ -308,7 +317,7 @@ class WeightedOp(Op):
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, COMPLETE) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag)
-        if site.fixed_point:
+        if site.fixed_point and tag.rounded and not site.floating:
             return self._evaluate_kernel(site, call, with_tag(x, tag), prepared, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():
@@ -379,7 +388,7 @@ class WeightedOp(Op):
                 weight=weight,
                 bias=bias,
                 in_codes=in_codes,
-                codes=codes.to(payload_dtype(site.weight_bits)),
+                codes=codes.to(payload_dtype(site.weight_code_bits)),
                 bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
                 steps=[float(s) for s in step_w.flatten()],
                 scale_x=step_x,
@@ -623,6 +632,8 @@ def finish(
     if not (quantized and site.output is not None and static):
         y = site.limit_output(y)
     if not quantized:
+        if site.watching:
+            site.watch_result(y)
         return y.to(dtype)
     if site.output is None:
         if site.config is not None and site.config.output_bits == 32 and product is not None:

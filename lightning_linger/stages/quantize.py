@@ -67,6 +67,15 @@ def switch_quantize(model: nn.Module, on: bool) -> nn.Module:
     return model
 
 
+def switch_watch(model: nn.Module, on: bool) -> nn.Module:
+    """Let float forwards in training mode move planned ranges, ahead of quantization, or not."""
+    instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.watch
+    instrumentation.switches.watch = on
+    log_switch(model, "observe", before, on)
+    return model
+
+
 def plan_quantize(
     model: nn.Module,
     config: QuantConfig,
@@ -293,6 +302,7 @@ class _Planner:
                 "symmetry='symmetric'. Found: 'affine'."
             )
             raise ConfigError(msg)
+        self._refuse_groups(site, config, scale)
         if platform.right_shift_only and scale != "power_of_two":
             msg = (
                 f"`{site.key}`: platform {platform.name!r} shifts, it needs scale='power_of_two'. "
@@ -318,6 +328,34 @@ class _Planner:
             msg = (
                 f"`{site.key}`: platform {platform.name!r} fixes the scale and the zero point of "
                 f"{site.op.kind} (its range is {known}). Leave `range` out of its overrides."
+            )
+            raise ConfigError(msg)
+
+    def _refuse_groups(self, site: Site, config: QuantConfig, scale: str) -> None:
+        """Refuse scales of groups where an integer model could not have them."""
+        granularity = config.granularity
+        if not (granularity == "input_channel" or isinstance(granularity, int)):
+            return
+        where = f"`{site.key}`: granularity={granularity!r}"
+        if scale != "power_of_two":
+            msg = (
+                f"{where} needs scale='power_of_two': the steps within one sum have to be shifts "
+                f"apart. Found: {scale!r}."
+            )
+            raise ConfigError(msg)
+        if not site.op.groups_weights:
+            return
+        if config.strict_platform:
+            msg = f"{where}: no engine has scales of groups. Set strict_platform=False."
+            raise UnsupportedError(msg)
+        if RangeRule.parse_weight(config.weight_range).learned is not None:
+            msg = f"{where}: ranges of groups are not learned. Found: {config.weight_range!r}."
+            raise ConfigError(msg)
+        (weight,) = site.op.parameters(site.recorded_call)
+        if isinstance(granularity, int) and weight.shape[1] % granularity:
+            msg = (
+                f"{where}: its {weight.shape[1]} input channels do not part into groups of "
+                f"{granularity}. Choose a divisor, or another granularity by an override."
             )
             raise ConfigError(msg)
 

@@ -11,7 +11,6 @@ from torch import nn
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.instrumentation import STATE_NAME
 from lightning_linger.core.registry import supported_kinds
-from lightning_linger.core.sharding import class_name
 from lightning_linger.core.sites import Site
 
 Fields = Mapping[str, Any] | None
@@ -101,7 +100,8 @@ class Selection:
         }
         paths = list(modules)
         keys = [site.key for site in sites]
-        kinds = {class_name(module) for module in modules.values()} | set(supported_kinds())
+        classes = {base for module in modules.values() for base in type(module).__mro__}
+        kinds = {base.__name__ for base in classes} | set(supported_kinds())
         for pattern in (*(self.modules or ()), *self.overrides):
             if pattern.startswith(TYPE_PREFIX):
                 _require_known(pattern[len(TYPE_PREFIX) :], kinds, "type", pattern)

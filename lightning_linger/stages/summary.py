@@ -128,8 +128,8 @@ def _scale_kind(site: Site) -> str:
     grid = site.output.grid if site.output is not None else site.weight_grid
     if grid is None:
         return ""
-    per_channel = site.weight_grid is not None and site.granularity == "channel"
-    kind = f"{grid.scale_kind}/channel" if per_channel else grid.scale_kind
+    several = site.weight_grid is not None and (site.granularity == "channel" or site.has_groups)
+    kind = f"{grid.scale_kind}/{site.granularity}" if several else grid.scale_kind
     return f"{kind} affine" if grid.affine else kind
 
 

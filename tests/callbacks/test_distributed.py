@@ -51,7 +51,7 @@ def alone(folder: Path, callbacks: list[Any], **kwargs: Any) -> Plain:
     return module
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path) -> None:
     run_script(Path(distributed_run.__file__), str(tmp_path))
     first, second = (
         json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(RANKS)

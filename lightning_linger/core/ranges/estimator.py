@@ -103,9 +103,9 @@ class RangeEstimator(nn.Module):
         return torch.maximum(-self.range[0], self.range[1])
 
     @torch.no_grad()
-    def adopt(self, absmax: float) -> None:
-        """Take a half-range from elsewhere, as if it had been seen."""
-        self.range.copy_(torch.tensor([-absmax, absmax]))
+    def adopt(self, low: float, high: float) -> None:
+        """Take a range from elsewhere, as if it had been seen."""
+        self.range.copy_(torch.tensor([low, high]))
         self.batches.clamp_(min=1)
         self._known = True
 
