@@ -13,7 +13,7 @@ from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.optimizers import check_learned_ranges
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
-from lightning_linger.core.config import Granularity, QuantConfig
+from lightning_linger.core.config import Granularity, QuantConfig, RNNFusion
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.instrumentation import instrumentation_of
@@ -58,7 +58,8 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
-        fused_rnn: Multiply whole input sequences of recurrent layers at once.
+        fused_rnn: Multiply whole input sequences of recurrent layers at once; ``"compiled"``
+            compiles their steps too.
         narrow_weights: Leave out the most negative weight code; None takes the platform's.
         strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
@@ -103,7 +104,7 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
-        fused_rnn: bool = True,
+        fused_rnn: RNNFusion = True,
         narrow_weights: bool | None = None,
         strict_maximum: bool = False,
         seed: int = 0,

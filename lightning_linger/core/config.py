@@ -15,6 +15,7 @@ Granularity = Literal["tensor", "channel", "input_channel"]
 FuseMode = Literal["running", "batch", "frozen"]
 FUSE_MODES: tuple[FuseMode, ...] = ("running", "batch", "frozen")
 LimitGradient = Literal["zero", "pull"]
+RNNFusion = bool | Literal["compiled"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class QuantConfig:
         strict_platform: Make an op that the platform's engine cannot run an error at set-up.
         fused_rnn: A recurrent layer multiplies its whole input sequence with the input weights at
             once, and steps through time for the recurrent part only; False does everything step by
-            step, with the same bits and less memory (see :func:`lightning_linger.fused_rnn`).
+            step, with the same bits and less memory; ``"compiled"`` compiles the steps too, again
+            with the same bits (see :func:`lightning_linger.fused_rnn`).
     """
 
     platform: str = "venusa"
@@ -85,7 +87,7 @@ class QuantConfig:
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
     strict_platform: bool = False
-    fused_rnn: bool = True
+    fused_rnn: RNNFusion = True
     narrow_weights: bool | None = None
     strict_maximum: bool = False
     seed: int = 0
@@ -112,9 +114,7 @@ class QuantConfig:
         if type(self.seed) is not int or self.seed < 0:
             msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
             raise ConfigError(msg)
-        if type(self.fused_rnn) is not bool:
-            msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
-            raise ConfigError(msg)
+        check_fusion(self.fused_rnn)
         RangeRule.parse(self.range)
         RangeRule.parse_weight(self.weight_range)
         if RangeRule.parse(self.gradient_range, "`gradient_range`").learned is not None:
@@ -220,6 +220,14 @@ def override(config: Any, fields: dict[str, Any]) -> Any:
             )
             raise ConfigError(msg)
     return dataclasses.replace(config, **fields)
+
+
+def check_fusion(value: RNNFusion) -> RNNFusion:
+    """Return a value of ``fused_rnn``, and refuse any other."""
+    if type(value) is not bool and value != "compiled":
+        msg = f"`fused_rnn` must be True, False or 'compiled'. Found: {value!r}."
+        raise ConfigError(msg)
+    return value
 
 
 def _require_bits(name: str, bits: object, low: int, high: int) -> None:
