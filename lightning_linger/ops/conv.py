@@ -291,6 +291,7 @@ class ConvOp(WeightedOp):
         super().__init__(kind)
         self.dims = dims
         self.transposed = transposed
+        self.channel_dim = -1 - dims
 
     def bind(self, *args: Any, **kwargs: Any) -> ConvCall:
         """Bind the arguments of ``F.conv*d`` or ``F.conv_transpose*d``."""
