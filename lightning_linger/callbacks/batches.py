@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,12 +20,15 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import ModuleCall, instrumentation_of
 from lightning_linger.stages.prepare import check_example, no_trace
 
+_SEED = 0
+
 
 def training_calls(trainer: Any, module: nn.Module, count: int) -> list[ModuleCall]:
     """Return the calls of the model that ``training_step`` makes on some training batches.
 
     Nothing else comes of the steps: no gradient, no log, no statistic; random states and data
-    loaders are put back.
+    loaders are put back. Which batches they are, and how they are augmented, does not depend on
+    random states either, so that a resumed run calibrates with the same ones.
 
     Args:
         trainer: In ``fit``.
@@ -42,6 +47,7 @@ def training_calls(trainer: Any, module: nn.Module, count: int) -> list[ModuleCa
     try:
         with no_trace(own), silent(own):
             own.eval()
+            _seed_all()
             for batch in _batches(trainer, count):
                 moved = own._apply_batch_transfer_handler(
                     batch, device=own.device, dataloader_idx=0
@@ -55,6 +61,12 @@ def training_calls(trainer: Any, module: nn.Module, count: int) -> list[ModuleCa
         msg = "`training_step` called no layer of the model on the calibration batches."
         raise ConfigError(msg)
     return calls
+
+
+def _seed_all() -> None:
+    torch.manual_seed(_SEED)
+    random.seed(_SEED)
+    np.random.seed(_SEED)
 
 
 def _batches(trainer: Any, count: int) -> Iterator[Any]:
@@ -88,6 +100,8 @@ def _undisturbed(loader: Any) -> Iterator[None]:
     found = (getattr(part, "generator", None) for part in (loader, sampler, inner))
     generators = [g for g in found if isinstance(g, torch.Generator)]
     states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(_SEED)
     try:
         yield
     finally:
