@@ -27,8 +27,10 @@ from lightning_linger.ops.recurrent import fused_rnn
 from lightning_linger.presets import preset
 from lightning_linger.simulate.divergence import divergence, quant_error
 from lightning_linger.simulate.integer import integer
+from lightning_linger.stages.adaround import AdaRoundConfig, adaround
 from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
+from lightning_linger.stages.correct_bias import correct_bias
 from lightning_linger.stages.equalize import equalize
 from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
@@ -37,6 +39,7 @@ from lightning_linger.stages.mixin import LingerMixin
 from lightning_linger.stages.normalize import normalize
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import quantize
+from lightning_linger.stages.reestimate_bn import reestimate_bn
 from lightning_linger.stages.selection import (
     disable_normalize,
     disable_quant,
@@ -49,6 +52,7 @@ from lightning_linger.stages.widths import change_bits
 __all__ = [
     "LSTMP",
     "UBLSTMP",
+    "AdaRoundConfig",
     "ConfigError",
     "Dumper",
     "FuseConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "QuantizationWarning",
     "UnsupportedError",
     "__version__",
+    "adaround",
     "analyse_activations",
     "analyse_weights",
     "calibrate",
@@ -70,6 +75,7 @@ __all__ = [
     "check",
     "choose_bits",
     "compare_references",
+    "correct_bias",
     "diff_dumps",
     "disable_normalize",
     "disable_quant",
@@ -92,6 +98,7 @@ __all__ = [
     "quant_module",
     "quantize",
     "read_dump",
+    "reestimate_bn",
     "resources",
     "sensitivity",
     "strip",

@@ -1,8 +1,11 @@
 """The Lightning face of the library: thin callbacks, each a schedule over a stage."""
 
+from lightning_linger.callbacks.adaround import AdaRoundCallback
+from lightning_linger.callbacks.bias_correction import BiasCorrectionCallback
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.conditions import OnPlateau
 from lightning_linger.callbacks.dump import DumpCallback
+from lightning_linger.callbacks.equalize import EqualizeCallback
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
 from lightning_linger.callbacks.hardware_check import HardwareCheckCallback
 from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
@@ -10,13 +13,17 @@ from lightning_linger.callbacks.normalize import NormalizeCallback
 from lightning_linger.callbacks.onnx_export import ONNXExportCallback
 from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.reestimate_bn import ReestimateBNCallback
 from lightning_linger.callbacks.rng_state import RNGStateCallback
 from lightning_linger.callbacks.stage_checkpoint import StageModelCheckpoint
 from lightning_linger.callbacks.stage_switch import StageSwitchCallback
 
 __all__ = [
+    "AdaRoundCallback",
+    "BiasCorrectionCallback",
     "CalibrateCallback",
     "DumpCallback",
+    "EqualizeCallback",
     "FuseBNCallback",
     "HardwareCheckCallback",
     "IntegerValidatorCallback",
@@ -26,6 +33,7 @@ __all__ = [
     "QuantErrorCallback",
     "QuantizeCallback",
     "RNGStateCallback",
+    "ReestimateBNCallback",
     "StageModelCheckpoint",
     "StageSwitchCallback",
 ]

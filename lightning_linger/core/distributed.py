@@ -72,6 +72,14 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(x, src=0)
 
 
+def from_first_rank(x: Tensor) -> Tensor:
+    """Return the value that the first process has."""
+    if is_distributed():
+        x = x.clone()
+        dist.broadcast(x, 0)
+    return x
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the values of all processes, by rank."""
     if not is_distributed():

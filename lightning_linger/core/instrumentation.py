@@ -308,6 +308,8 @@ class Instrumentation(nn.Module):
         self.marks: dict[str, Any] = {}
         # Widths that sites were planned with and no longer have, by key.
         self._planned_widths: dict[str, Widths] = {}
+        # What has changed the parameters once and for all, e.g. `equalize`, in order.
+        self.applied: list[str] = []
         # Whether the state of a model that was planned otherwise may be loaded.
         self.accepts_changes = False
         # Whether checkpoints are loaded tensor by tensor, into tensors of the size they were saved.
@@ -388,6 +390,7 @@ class Instrumentation(nn.Module):
             "watch": self.switches.watch,
             "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
+            "applied": self.applied,
             "gradients": self._gradient_states(),
             "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
         }
@@ -404,6 +407,7 @@ class Instrumentation(nn.Module):
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
         switches.watch = recipe.get("watch", False) and "quantize" in planned
+        self.applied = list(recipe.get("applied", ()))
         frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))

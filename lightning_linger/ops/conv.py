@@ -292,6 +292,7 @@ class ConvOp(WeightedOp):
         self.dims = dims
         self.transposed = transposed
         self.groups_weights = not transposed
+        self.channel_dim = -1 - dims
 
     def bind(self, *args: Any, **kwargs: Any) -> ConvCall:
         """Bind the arguments of ``F.conv*d`` or ``F.conv_transpose*d``."""

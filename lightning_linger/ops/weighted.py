@@ -100,10 +100,23 @@ class WeightedOp(Op):
     has_parameters = True
     learns_weight_ranges = True
     rounds_parts_apart = True
+    # Of its result, counted from the end.
+    channel_dim = -1
 
     def parameters(self, call: Any) -> list[Any]:
         """The weight."""
         return [call.weight]
+
+    @torch.no_grad()
+    def parameters_in_use(self, site: Site, call: Any, step_x: Scalar | None) -> Parameters:
+        """Return the weight and bias that evaluation computes with, and the weight's step.
+
+        Args:
+            site: The site.
+            call: Its bound call.
+            step_x: Step of the input; None for the parameters before they are rounded.
+        """
+        return self._parameters(site, call, step_x)
 
     def apply(self, call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the torch function with other tensors in the place of the call's."""

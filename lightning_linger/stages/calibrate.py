@@ -43,7 +43,7 @@ def calibrate(
     with learning_ranges(model):
         for batch in with_progress(loader, "Calibrating"):
             check_example(batch)
-            _call(model, batch)
+            run_batch(model, batch)
             batches += 1
     if batches == 0:
         msg = "the calibration loader gave no batch."
@@ -70,7 +70,14 @@ def learning_ranges(model: nn.Module) -> Iterator[None]:
         instrumentation.thaw()
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch of calibration data.
+
+    Args:
+        model: The model.
+        batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
+            inputs.
+    """
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, Sequence) and not isinstance(batch, str):

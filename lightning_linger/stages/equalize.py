@@ -58,7 +58,7 @@ class EqualizationRow:
         largest_factor: The largest factor between old and new range of a channel, at least 1.
         absorbed: In how many channels a high bias moved on to the follower.
         precision_before: Mean over the channels of the product of both layers' channel range over
-            layer range, from 0 to 1; 1 where all channels use the whole grid (Nagel et al., eq. 9).
+            layer range, from 0 to 1; 1 where all channels use the whole grid.
         precision_after: The same after equalization.
         why_not: Why nothing was rescaled, empty if the pair is equalized.
     """
@@ -141,6 +141,7 @@ def equalize(
         for pair in pairs:
             pair.absorb()
     instrumentation.thaw()
+    instrumentation.applied.append("equalize")
     rows = Equalization([pair.row() if isinstance(pair, _Pair) else pair for pair in found])
     logger.info(
         "equalized %d of %d layers of %s with the layer behind them",
@@ -221,9 +222,9 @@ class _LayerSource(_Source):
 class _NormSource(_Source):
     """A batch norm, with the layer it is folded into if it is: gamma and beta take the factor."""
 
-    def __init__(self, site: Site, bn: nn.Module, layer: _LayerSource | None) -> None:
+    def __init__(self, site: Site, bn: Any, layer: _LayerSource | None) -> None:
         self.site = site
-        self.bn: Any = bn
+        self.bn = bn
         self.layer = layer
 
     def rows(self) -> Tensor:
