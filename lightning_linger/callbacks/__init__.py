@@ -2,12 +2,14 @@
 
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.conditions import OnPlateau
+from lightning_linger.callbacks.distillation import DistillationCallback
 from lightning_linger.callbacks.dump import DumpCallback
 from lightning_linger.callbacks.fuse_bn import FuseBNCallback
 from lightning_linger.callbacks.hardware_check import HardwareCheckCallback
 from lightning_linger.callbacks.integer_validator import IntegerValidatorCallback
 from lightning_linger.callbacks.normalize import NormalizeCallback
 from lightning_linger.callbacks.onnx_export import ONNXExportCallback
+from lightning_linger.callbacks.progressive_bits import ProgressiveBitsCallback
 from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.rng_state import RNGStateCallback
@@ -16,6 +18,7 @@ from lightning_linger.callbacks.stage_switch import StageSwitchCallback
 
 __all__ = [
     "CalibrateCallback",
+    "DistillationCallback",
     "DumpCallback",
     "FuseBNCallback",
     "HardwareCheckCallback",
@@ -23,6 +26,7 @@ __all__ = [
     "NormalizeCallback",
     "ONNXExportCallback",
     "OnPlateau",
+    "ProgressiveBitsCallback",
     "QuantErrorCallback",
     "QuantizeCallback",
     "RNGStateCallback",
