@@ -19,8 +19,10 @@ from lightning_linger.analysis.saving import save_table
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.distributed import sum_over_ranks
 from lightning_linger.core.errors import ConfigError, NonFiniteError, UnsupportedError
+from lightning_linger.core.grid import MIN_BITS
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.logs import logger
+from lightning_linger.core.platform import symmetry_of
 from lightning_linger.core.progress import with_progress
 from lightning_linger.core.ranges import RangeEstimator
 from lightning_linger.core.sites import Site, real_values
@@ -410,12 +412,12 @@ class _Trials:
         return self._evaluated()
 
     def _search_ranges(self) -> None:
-        """Find those ranges anew that a width decides, such as those of least error."""
+        """Find those ranges anew that a width has a say in, such as those of least error."""
         searching = [
             quantizer.estimator
             for site in self._instrumentation.sites
             for quantizer in site.quantizers()
-            if _looks_at_grid(quantizer.estimator)
+            if _depends_on_width(site, quantizer.estimator)
         ]
         for estimator in searching:
             estimator.forget()
@@ -432,9 +434,12 @@ class _Trials:
         return value
 
 
-def _looks_at_grid(estimator: RangeEstimator) -> bool:
-    statistic = estimator.rule.statistic
-    return statistic is not None and not statistic.extremes
+def _depends_on_width(site: Site, estimator: RangeEstimator) -> bool:
+    """Whether a range looks at the grid, or narrow codes have a zero point and wide ones none."""
+    statistic, config, platform = estimator.rule.statistic, site.config, site.platform
+    if statistic is None or config is None or platform is None:
+        return False
+    return not statistic.extremes or symmetry_of(config, platform, MIN_BITS) == "affine"
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ class Frame:
                 calls.append(ModuleCall(module, args, kwargs))
             if instrumentation.recorder is not None:
                 instrumentation.recorder.given((args, kwargs))
-            instrumentation.begin()
+            instrumentation.begin(module, args, kwargs)
         invocation = self.invocations
         self.invocations = invocation + 1
         sites = self.sites[invocation] if invocation < len(self.sites) else {}
@@ -287,6 +287,8 @@ class Instrumentation(nn.Module):
         calls: Collects the outermost module calls, the first one only while every stage is off;
             None to collect nothing.
         paused: Whether what runs now gathers or shards parameters, and is not the model's.
+        exchanges: Collects the outermost calls and what they return, while a stage is on; None to
+            collect nothing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -295,6 +297,8 @@ class Instrumentation(nn.Module):
         self.graph = Graph([])
         self.tap: Tap | None = None
         self.calls: list[ModuleCall] | None = None
+        self.exchanges: list[tuple[ModuleCall, Any]] | None = None
+        self._running: ModuleCall | None = None
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
         self.paused = False
@@ -530,8 +534,10 @@ class Instrumentation(nn.Module):
             "kwargs": value_to_plain(call.kwargs),
         }
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Enter the mode, at the outermost call of an instrumented module."""
+        if self.exchanges is not None:
+            self._running = ModuleCall(module, args, kwargs)
         self.switches.recomputing = (
             not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         )
@@ -553,6 +559,9 @@ class Instrumentation(nn.Module):
         self._mode.__exit__(None, None, None)
         for frame in self._frames.values():
             frame.invocations = 0
+        if self.exchanges is not None and self._running is not None:
+            self.exchanges.append((self._running, output))
+        self._running = None
         if self.recorder is not None:
             self.recorder.returned(output, whole=path == "")
             return None

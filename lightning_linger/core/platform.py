@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.fixed_point import FixedPointRounding
-from lightning_linger.core.grid import ScaleKind, Symmetry
+from lightning_linger.core.grid import WIDEST_AFFINE, ScaleKind, Symmetry
 from lightning_linger.core.rounding import Rounding
 
 Rescale = Literal["shift", "multiply", "fixed_point"]
@@ -79,6 +79,14 @@ def rounding_of(config: QuantConfig, platform: Platform) -> Rounding:
     """Return the rule of evaluation, integers and export: the platform's, or a chosen one."""
     chosen = config.rounding
     return platform.rounding if chosen is None or chosen == "stochastic" else chosen
+
+
+def symmetry_of(config: QuantConfig, platform: Platform, bits: int) -> Symmetry:
+    """Return whether activations of a width have a zero point: the platform's way, or a chosen one.
+
+    Codes of more bits than a zero point goes with have none.
+    """
+    return (config.symmetry or platform.symmetry) if bits <= WIDEST_AFFINE else "symmetric"
 
 
 _KNOWN: dict[str, Platform] = {}

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.platform import symmetry_of
+from lightning_linger.core.ranges import RangeEstimator
 from lightning_linger.core.tags import WIDEST_OPERAND
 
 if TYPE_CHECKING:
     from lightning_linger.core.config import QuantConfig
+    from lightning_linger.core.platform import Platform
     from lightning_linger.core.quantizer import Quantizer
     from lightning_linger.core.sites import Site
 
@@ -74,11 +77,14 @@ def set_widths(site: Site, widths: Widths) -> None:
         if bits != config.activation_bits:
             site.operand_bits[position] = bits
         if str(position) in site.inputs:
-            _change(site.inputs[str(position)], bits)  # type: ignore[arg-type]
+            quantizer: Any = site.inputs[str(position)]
+            _change(quantizer, bits, config, platform)
     for name, part in site.op.parts(call, config, platform).items():
-        _change(site.part(name), config.activation_bits if part.bits is None else part.bits)
+        bits = config.activation_bits if part.bits is None else part.bits
+        _change(site.part(name), bits, config, platform, part.range)
     if site.output is not None and widths.output_bits is not None:
-        _change(site.output, widths.output_bits)
+        known = site.op.output_range(call, config, platform)
+        _change(site.output, widths.output_bits, config, platform, known)
     # Steps that were held while ranges stand still are those of the width before.
     site.release_steps()
     site.latest_steps = {}
@@ -89,9 +95,18 @@ def _is_narrow(bits: int | None) -> bool:
     return bits is not None and bits <= WIDEST_OPERAND
 
 
-def _change(quantizer: Quantizer, bits: int) -> None:
-    grid = dataclasses.replace(quantizer.grid, bits=bits)
-    quantizer.grid = quantizer.estimator.grid = grid
+def _change(
+    quantizer: Quantizer, bits: int, config: QuantConfig, platform: Platform, known: Any = None
+) -> None:
+    symmetry = symmetry_of(config, platform, bits)
+    grid = dataclasses.replace(quantizer.grid, bits=bits, symmetry=symmetry)
+    before = quantizer.estimator
+    quantizer.grid = before.grid = grid
+    range_ = config.range if known is None else known
+    if range_ != before.kind:
+        # What an engine knows of a result may depend on the width.
+        estimator = RangeEstimator(range_, quantizer.name, grid).to(before.range.device)
+        quantizer.estimator = estimator.train(before.training)
     if quantizer.learned is not None:
         quantizer.learned.change_grid(grid)
     quantizer.thaw()

@@ -13,10 +13,10 @@ from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.graph import Node, TensorSpec
-from lightning_linger.core.grid import WIDEST_AFFINE, Grid
+from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.platform import Platform, rounding_of
+from lightning_linger.core.platform import Platform, rounding_of, symmetry_of
 from lightning_linger.core.quantizer import Quantizer, Window
 from lightning_linger.core.ranges import LearnedScale, RangeRule
 from lightning_linger.core.registry import op_of
@@ -390,14 +390,8 @@ class _Planner:
         rounding = rounding_of(config, platform)
         # A range that is known, like a sigmoid's, comes with the step of its function.
         strict = config.strict_maximum and known_range is None
-        symmetry = config.symmetry or platform.symmetry
-        grid = Grid(
-            bits,
-            scale,
-            rounding,
-            strict=strict,
-            symmetry=symmetry if bits <= WIDEST_AFFINE else "symmetric",
-        )
+        symmetry = symmetry_of(config, platform, bits)
+        grid = Grid(bits, scale, rounding, strict=strict, symmetry=symmetry)
         kind = config.range if known_range is None else known_range
         quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
         quantizer.gradient = self._gradient(site, name)

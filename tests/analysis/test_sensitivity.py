@@ -242,7 +242,7 @@ def test_the_resnet_on_every_kind_of_platform() -> None:
     model, x = ResNet(), torch.randn(4, 3, 12, 12)
     linger.prepare(model, (x,))
     linger.fuse_bn(model)
-    for platform in ("venusa", "onnxruntime"):
+    for platform in ("venusa", "onnxruntime", "tflite"):
         config = QuantConfig(platform=platform)
         rows = linger.sensitivity(model, [x], bits=(2, 8), part="both", config=config)
         drops = {(row.site, row.bits): row.drop for row in rows}

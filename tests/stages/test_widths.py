@@ -34,7 +34,7 @@ class Mixture(nn.Module):
         y = torch.relu(self.bn(self.conv(x))).transpose(1, 2)
         y = self.norm(y + self.attention(y, y, y)[0])
         y = self.gate(self.rnn(y)[0])
-        return torch.softmax(self.head(y), dim=-1)
+        return torch.softmax(torch.sigmoid(self.head(y)), dim=-1)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -64,12 +64,13 @@ def plan_of(site: Site) -> dict[str, Any]:
         "weight": site.weight_grid,
         "operands": site.operand_bits,
         "grids": (inputs, parts, output),
-        "estimators": [q.estimator.grid for q in site.quantizers()],
+        "estimators": [(q.estimator.grid, q.estimator.kind) for q in site.quantizers()],
+        "known": [q.estimator.range.tolist() for q in site.quantizers() if q.estimator.fixed],
     }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime", "tflite"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_changed_is_planned(name: str, platform: str) -> None:
     wide = QuantConfig(platform=platform, range="absmax")
