@@ -1,4 +1,4 @@
-"""Recurrent layers in training and evaluation, fused and step by step, against the float layer."""
+"""Recurrent layers in training and evaluation, however they step, against the float layer."""
 
 import copy
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import lightning_linger as linger
 from benchmarks.measure import Call, Effort, Row, compare, meter
 from benchmarks.training import evaluation, integer_evaluation
+from lightning_linger.core.config import RNNFusion
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ WORKLOADS = {
 
 
 def quantized(
-    model: nn.Module, x: Tensor, platform: str = "venusa", fused: bool = True
+    model: nn.Module, x: Tensor, platform: str = "venusa", fused: RNNFusion = True
 ) -> nn.Module:
     """Return a quantized copy."""
     ours = linger.prepare(copy.deepcopy(model), (x,))
@@ -62,6 +63,16 @@ class StepByStep(nn.Module):
             return self.model(x)
 
 
+def compiled(call: Call) -> Call:
+    """Return a call that compiles the steps of recurrent layers."""
+
+    def run() -> object:
+        with linger.fused_rnn("compiled"):
+            return call()
+
+    return run
+
+
 def training_step(model: nn.Module, x: Tensor) -> Call:
     """Return a whole training step on the mean square of the outputs."""
     model.train()
@@ -84,6 +95,7 @@ def measure_workload(name: str, effort: Effort) -> list[Row]:
         "constrained, step by step": constrained(model, x, fused=False),
         "QAT venusa": quantized(model, x),
         "QAT venusa, step by step": quantized(model, x, fused=False),
+        "QAT venusa, compiled": quantized(model, x, fused="compiled"),
         "QAT onnxruntime": quantized(model, x, "onnxruntime"),
         "QAT onnxruntime, step by step": quantized(model, x, "onnxruntime", fused=False),
     }
@@ -98,6 +110,7 @@ def measure_workload(name: str, effort: Effort) -> list[Row]:
         forwards[label] = meter(integer_evaluation(ours, x))
         stepwise = models[f"QAT {platform}, step by step"]
         forwards[f"{label}, step by step"] = meter(integer_evaluation(stepwise, x))
+        forwards[f"{label}, compiled"] = meter(compiled(integer_evaluation(ours, x)))
     forward = meter(evaluation(model, x))
     return rows + compare(f"{name} evaluation / float", forward, forwards, effort.rounds)
 

@@ -171,11 +171,13 @@ def train(
         overrides: What single layers are quantized with instead.
 
     Returns:
-        Accuracies on the test data, and how many of its logits differ.
+        Accuracies on the test data, and how many of its logits differ; nothing of an exported
+        file for a platform that none is made for.
     """
     dialect = platform_of(platform).dialect
     constrain_at, quantize_at = starts
     stages = StageAccuracy(constrain_at, quantize_at, data.test)
+    exports = [ONNXExportCallback(onnx, dialect=dialect)] if dialect else []
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -190,7 +192,7 @@ def train(
             QuantizeCallback(at_epoch=quantize_at, platform=platform, overrides=overrides),
             IntegerValidatorCallback(),
             QuantErrorCallback(),
-            ONNXExportCallback(onnx, dialect=dialect),
+            *exports,
             stages,
         ],
     )
@@ -203,15 +205,21 @@ def train(
         fake = model(inputs)
         with linger.integer(model):
             integer = model(inputs)
-    exported = run_exported(onnx, dialect, inputs)
 
     results = dict(stages.accuracy)
-    for stage, logits in (("QAT", fake), ("integer", integer), ("exported", exported)):
+    for stage, logits in (("QAT", fake), ("integer", integer)):
         results[stage] = accuracy_of(logits, labels)
     results["fake_vs_integer"] = differing(fake, integer)
-    results["integer_vs_exported"] = differing(integer, exported)
     results["logits"] = fake.numel()
+    if dialect:
+        exported = run_exported(onnx, dialect, inputs)
+        results["exported"] = accuracy_of(exported, labels)
+        results["integer_vs_exported"] = differing(integer, exported)
     return results
+
+
+def _count(result: Results, name: str) -> str:
+    return f"{result[name]:.0f} of {result['logits']:.0f}" if name in result else "-"
 
 
 def print_table(console: Console, title: str, results: Mapping[str, Results]) -> None:
@@ -224,7 +232,7 @@ def print_table(console: Console, title: str, results: Mapping[str, Results]) ->
     table.add_section()
     for name in COMPARISONS:
         label = f"logits that differ, {name.replace('_vs_', ' and ').replace('fake', 'QAT')}"
-        table.add_row(label, *(f"{r[name]:.0f} of {r['logits']:.0f}" for r in results.values()))
+        table.add_row(label, *(_count(result, name) for result in results.values()))
     console.print(table)
 
 
@@ -266,10 +274,11 @@ def run(
     console = Console()
     print_table(console, title, results)
     dialects = dict.fromkeys(platform_of(platform).dialect for platform in targets)
-    runs = " and ".join(ENGINES[dialect] for dialect in dialects)
-    console.print(f"The exported ONNX runs {runs}. Files: {out}")
+    runs = " and ".join(ENGINES[dialect] for dialect in dialects if dialect)
+    console.print(f"The exported ONNX runs {runs}. Files: {out}" if runs else f"Files: {out}")
     for platform, onnx in targets.items():
-        console.print(f"  {platform}: {onnx}, {name}.{platform}.ckpt")
+        files = [onnx] if platform_of(platform).dialect else []
+        console.print(f"  {platform}: {', '.join([*files, f'{name}.{platform}.ckpt'])}")
     console.print(f"Dashboards: tensorboard --logdir {out / 'tensorboard'}")
     first = out / "tensorboard" / next(iter(targets))
     console.print(f"A page to hand on: lightning-linger report {first} -o report.html")

@@ -3,18 +3,23 @@
 Trains one small residual network for two targets: LISTENAI's venusA (power-of-two scales, the
 `linger` ONNX dialect) and onnxruntime (free scales, the `qdq` dialect).
 
-Run with `python examples/digits.py`. Needs `pip install "lightning-linger[examples]"`.
+Run with `python examples/digits.py`. `--platform tflite` trains for TFLite's int8 kernels instead,
+and proves that what was trained is what these kernels compute.
+Needs `pip install "lightning-linger[examples]"`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import Classifier, Results, TensorData, digits_rows, run
 from torch import Tensor, nn
+
+from lightning_linger.platforms import PLATFORMS
 
 
 class Block(nn.Module):
@@ -69,13 +74,16 @@ SPOILED_RANGE = 0.25
 TARGETS = {"venusa": "digits.linger.onnx", "onnxruntime": "digits.qdq.onnx"}
 
 
-def main(out: Path, epochs: int, spoil: str | None = None) -> dict[str, Results]:
+def main(
+    out: Path, epochs: int, spoil: str | None = None, platforms: Sequence[str] | None = None
+) -> dict[str, Results]:
     """Train, prove and export for every target, and print what came of it."""
+    targets = {name: TARGETS.get(name, f"digits.{name}.onnx") for name in platforms or TARGETS}
     data = digits_data()
     title = f"scikit-learn digits, {len(data.test)} test images"
     overrides = {spoil: {"range": SPOILED_RANGE}} if spoil else None
     return run(
-        *(title, Digits, data, TARGETS, out, "digits", epochs),
+        *(title, Digits, data, targets, out, "digits", epochs),
         shares=(1, 1, 1),
         overrides=overrides,
     )
@@ -86,5 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--spoil", metavar="LAYER", help="give this layer too small a range")
+    parser.add_argument("--platform", nargs="+", choices=sorted(PLATFORMS), help="train for these")
     arguments = parser.parse_args()
-    main(arguments.out, arguments.epochs, arguments.spoil)
+    main(arguments.out, arguments.epochs, arguments.spoil, arguments.platform)

@@ -107,6 +107,23 @@ def test_resnet_walks_through_the_five_stages(
     assert "equal, 640 output elements in 64 batches" in printed.replace("\n", " ")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_nics_fix_trains_in_fixed_point_and_saves_its_scales(
+    examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = examples.nics_fix.main(tmp_path, epochs=3)
+    assert result["fixed"] > 0.9
+    assert result["fixed_vs_integer"] == result["fixed_vs_reloaded"] == 0
+    printed = capsys.readouterr().out
+    assert "block1.conv1" in printed
+    assert "450 test images, 8 bits" in printed
+    weight = torch.load(tmp_path / "fixed.pt", weights_only=True)["fc.weight"]
+    scale = torch.load(tmp_path / "fixed.pt", weights_only=True)["fc.weight_fp_scale"]
+    codes = weight / scale * 128
+    assert torch.equal(codes, codes.round())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_row33_row49_a_model_is_calibrated_saved_and_run(
     examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,7 @@ from lightning_linger.platforms import platform_of
 from lightning_linger.stages.fuse_bn import plan_fuse_bn
 from lightning_linger.stages.prepare import prepare, strip
 from lightning_linger.stages.quantize import plan_quantize
+from lightning_linger.stages.trial import kept_plan
 
 DEFAULT_PLATFORM = "venusa"
 
@@ -61,7 +62,7 @@ def planned(
             yield instrumentation, platform_of(platform or _platform_of(instrumentation))
             return
         target = platform_of(platform or DEFAULT_PLATFORM)
-        with _kept(instrumentation):
+        with kept_plan(model):
             # As the callbacks do it: batch norms are folded, and every layer is quantized.
             plan_fuse_bn(model, FuseConfig())
             results = {"output_bits": None} if target.layers_only else {}
@@ -83,22 +84,3 @@ def _platform_of(instrumentation: Instrumentation) -> str:
     """Return the platform that most sites are quantized for."""
     names = [site.platform_name for site in instrumentation.sites if site.quantized]
     return max(names, key=names.count)
-
-
-@contextlib.contextmanager
-def _kept(instrumentation: Instrumentation) -> Iterator[None]:
-    """Put back what planning changes."""
-    sites = instrumentation.sites
-    before = [(dict(site.__dict__), dict(site._modules)) for site in sites]
-    fuse_mode = instrumentation.switches.fuse_mode
-    plans, marks = dict(instrumentation.plans), dict(instrumentation.marks)
-    try:
-        yield
-    finally:
-        instrumentation.switches.fuse_mode = fuse_mode
-        instrumentation.plans, instrumentation.marks = plans, marks
-        for site, (attributes, modules) in zip(sites, before, strict=True):
-            site._modules.clear()
-            site._modules.update(modules)
-            site.__dict__.clear()
-            site.__dict__.update(attributes)

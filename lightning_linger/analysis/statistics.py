@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_linger.analysis.saving import save_table
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
 from lightning_linger.core.sites import real_values
 from lightning_linger.core.table import Table
-from lightning_linger.export.files import check_target, write_atomically
 from lightning_linger.simulate.divergence import Forward, forward_of, main_result
 from lightning_linger.stages.checkpoints import read_checkpoint
 
@@ -96,21 +93,7 @@ class Statistics(Table[TensorStatistics]):
         Raises:
             ConfigError: If it cannot be written.
         """
-        target = check_target(path)
-        ending = target.suffix.lower()
-        if ending == ".json":
-            rows = [_without_infinity(asdict(row)) for row in self]
-            text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
-        elif ending == ".csv":
-            buffer = io.StringIO()
-            writer = csv.DictWriter(buffer, [field.name for field in fields(TensorStatistics)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self)
-            text = buffer.getvalue()
-        else:
-            text = f"{self}\n"
-        write_atomically(target, text.encode())
-        return target
+        return save_table(self, path)
 
 
 def analyse_weights(
@@ -276,8 +259,3 @@ def _ratio(value: float, of: float) -> float:
     if of > 0:
         return value / of
     return math.inf if value > 0 else 1.0
-
-
-def _without_infinity(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {name: None if value == math.inf else value for name, value in row.items()}

@@ -14,7 +14,7 @@ from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.schedule import NEVER
 from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.images import FirstConv
 from lightning_linger.core.rounding import Rounding
 from lightning_linger.stages.calibrate import learning_ranges, settle
@@ -38,6 +38,7 @@ class CalibrateCallback(QuantizeCallback):
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's.
         range: Range estimator of activations, or a fixed range; None takes the preset's, or
             ``absmax``.
@@ -65,6 +66,7 @@ class CalibrateCallback(QuantizeCallback):
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
         granularity: Granularity | None = None,
+        symmetry: Symmetry | None = None,
         rounding: Rounding | None = None,
         range: str | float | None = None,
         weight_range: str | float = "absmax",
@@ -87,6 +89,7 @@ class CalibrateCallback(QuantizeCallback):
             bias_bits=bias_bits,
             scale=scale,
             granularity=granularity,
+            symmetry=symmetry,
             rounding=rounding,
             range=range,
             weight_range=weight_range,

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_linger.callbacks._compat import misconfiguration
 from lightning_linger.core.errors import QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
+from lightning_linger.core.widths import widths_of
 
 
 def check_company(trainer: Any, first_stage: Any, last_start: int) -> None:
@@ -36,10 +37,14 @@ def follow_in_average(trainer: Any, module: Any) -> None:
         if average is None or not is_prepared(average):
             continue
         followed, follower = instrumentation_of(module), instrumentation_of(average)
-        for name in ("fuse", "fuse_mode", "normalize", "quantize"):
+        for name in ("fuse", "fuse_mode", "normalize", "quantize", "watch"):
             setattr(follower.switches, name, getattr(followed.switches, name))
+        follower.change_widths(
+            {site.key: widths_of(site) for site in followed.sites if site.quantized}
+        )
         for site, twin in zip(followed.sites, follower.sites, strict=True):
             twin.freeze(site.frozen)
+            twin.leave_float(site.floating)
 
 
 def _check_averaging(callback: Any, before_stages: bool) -> None:

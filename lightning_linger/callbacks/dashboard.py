@@ -25,6 +25,7 @@ from lightning_linger.dashboard.model import (
     value_histograms,
 )
 from lightning_linger.dashboard.records import (
+    INTEGER,
     STAGES,
     EpochRecord,
     RunRecord,
@@ -42,7 +43,10 @@ from lightning_linger.simulate.samples import ValueSamples
 OWN = ("integer/", "quant_error/", "stage/", "metric/")
 # What a metric's name contains that is to be high, best first; otherwise the first of a validation.
 _ACCURACIES = ("acc", "f1", "auroc", "auc", "map", "iou", "dice", "psnr", "bleu")
-_STAGE_METRICS = tuple(f"metric/{stage_name(stages)}" for stages in ((), STAGES[:1], STAGES))
+_STAGE_METRICS = (
+    *(f"metric/{stage_name(stages)}" for stages in ((), STAGES[:1], STAGES)),
+    f"metric/{INTEGER}",
+)
 _ROW_METRICS = (
     *_STAGE_METRICS,
     "quant_error/worst_sqnr",
@@ -175,6 +179,15 @@ class Dashboard:
         if self._budget.allows():
             with self._budget.spending():
                 self._show(trainer, epoch)
+
+    def note_integer_metrics(self, trainer: Any, metrics: dict[str, float]) -> None:
+        """Note what the user's metrics are of the integer model, at the end of the run."""
+        self.record.integer_metrics = finite(metrics)
+        if self._log is not None:
+            self._log.integer_metrics(self.record.integer_metrics)
+        name = primary_metric(self.record.integer_metrics)
+        if name is not None:
+            log_values(trainer, {f"metric/{INTEGER}": metrics[name]})
 
     def close(self, trainer: Any) -> None:
         """Show the end of the run."""

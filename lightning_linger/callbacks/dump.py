@@ -30,6 +30,8 @@ class DumpCallback(Callback):
         pattern: Likewise.
     """
 
+    needs_whole_parameters = True
+
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,

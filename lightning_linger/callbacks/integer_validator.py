@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_linger.callbacks import tensorboard
 from lightning_linger.callbacks.dashboard import Findings
+from lightning_linger.callbacks.integer_metrics import validate_in_integers
 from lightning_linger.callbacks.logging import log_values
-from lightning_linger.callbacks.replay import ReplayCallback, log_aggregate
+from lightning_linger.callbacks.replay import ReplayCallback, dashboard_of, log_aggregate
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
+from lightning_linger.core.logs import logger
 from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
 from lightning_linger.simulate.metrics import Divergence, DivergenceRow, OutputError, OutputRow
 
@@ -18,8 +21,10 @@ class IntegerValidatorCallback(ReplayCallback):
     On some validation batches every site runs in integers, once in the real chain of integers
     (accumulated) and once on the fake-quant input (isolated); mismatching codes, and the error
     against float, go to every logger. TensorBoard and the run's folder get what
-    :class:`QuantErrorCallback` gives them, without the histograms. A table of the worst sites is
-    printed at the end of ``fit``.
+    :class:`QuantErrorCallback` gives them, without the histograms. At the end of ``fit`` the
+    validation is repeated in integers, for the metric of the integer model (``metric/integer``, and
+    a column of TensorBoard's *HParams*), and a table of the worst sites goes to the log at level
+    ``INFO`` and to TensorBoard's page *Text*.
 
     Logged aggregates, which a checkpoint may monitor: ``integer/mismatches`` (codes that differ),
     ``integer/mismatch_rate``, ``integer/worst_sqnr`` (dB), and of the model's output against
@@ -30,13 +35,20 @@ class IntegerValidatorCallback(ReplayCallback):
         every_n_epochs: Only in every n-th epoch.
         rows: How many sites the final table shows.
         class_dim: Dimension of the model's output over which a decision takes the largest value.
+        final_metric: Whether to repeat the validation in integers at the end of ``fit``.
     """
 
     def __init__(
-        self, batches: int = 1, every_n_epochs: int = 1, rows: int = 5, class_dim: int = 1
+        self,
+        batches: int = 1,
+        every_n_epochs: int = 1,
+        rows: int = 5,
+        class_dim: int = 1,
+        final_metric: bool = True,
     ) -> None:
         super().__init__(batches, every_n_epochs, class_dim)
         self.rows = rows
+        self.final_metric = final_metric
         self.latest: list[DivergenceRow] = []
         self.latest_output: OutputRow | None = None
         self._measured = False
@@ -97,18 +109,25 @@ class IntegerValidatorCallback(ReplayCallback):
             findings.integer_output = self.latest_output
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the end of the run, and print the worst sites."""
-        super().on_fit_end(trainer, pl_module)
-        if not trainer.is_global_zero:
-            return
+        """Measure the integer model as the user does, and say which sites are the worst."""
+        on = is_prepared(pl_module) and instrumentation_of(pl_module).switches.quantize
+        if self.latest and on and self.final_metric and not trainer.fast_dev_run:
+            metrics = validate_in_integers(trainer, pl_module)
+            if (dashboard := dashboard_of(trainer)) is not None:
+                dashboard.note_integer_metrics(trainer, metrics)
         if self.latest:
-            _print(self._table())
+            table = self._table()
+            logger.info("%s", table)
+            if trainer.is_global_zero:
+                tensorboard.show_text(trainer, "integer_model", table)
         unready = _unready(pl_module)
         if unready:
-            _print(
-                f"{len(unready)} sites have seen no range and ran in float: "
-                f"{', '.join(unready[:5])}"
+            logger.warning(
+                "%d sites have seen no range and ran in float: %s",
+                len(unready),
+                ", ".join(unready[:5]),
             )
+        super().on_fit_end(trainer, pl_module)
 
     def _table(self) -> str:
         mismatches = sum(row.mismatches for row in self.latest)
@@ -136,9 +155,3 @@ def _unready(module: Any) -> list[str]:
         for site in sites
         if site.quantized and not all(quantizer.known for quantizer in site.quantizers())
     ]
-
-
-def _print(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False)

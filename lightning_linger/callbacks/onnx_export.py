@@ -54,6 +54,8 @@ class ONNXExportCallback(Callback):
             if it was not verified.
     """
 
+    needs_whole_parameters = True
+
     def __init__(
         self,
         path: str | Path,

@@ -13,16 +13,16 @@ from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.optimizers import check_learned_ranges
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
-from lightning_linger.core.config import Granularity, QuantConfig
+from lightning_linger.core.config import Granularity, QuantConfig, RNNFusion
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
-from lightning_linger.core.grid import ScaleKind
+from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
 from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.platforms import platform_of
 from lightning_linger.presets import read_preset
 from lightning_linger.stages.freeze import freeze_ranges, is_frozen
-from lightning_linger.stages.quantize import plan_quantize, switch_quantize
+from lightning_linger.stages.quantize import plan_quantize, switch_quantize, switch_watch
 from lightning_linger.stages.selection import QUANT_MARK, Selection
 from lightning_linger.stages.summary import float_sites
 
@@ -37,13 +37,19 @@ class QuantizeCallback(StageCallback):
         end_epoch: First epoch with quantization off again.
         freeze_at_epoch: First epoch from which every range stays; None lets ranges move to the end.
         freeze_at_step: First step, instead.
+        observe_at_epoch: First epoch, before `at_epoch`, in which batches move the ranges while the
+            model still runs in float: quantization starts with ranges that are known (delayed
+            quantization). None lets ranges begin with quantization.
+        observe_at_step: First step, instead.
         platform: Name of the target.
         weight_bits: Width of weights.
         activation_bits: Width of inputs.
         output_bits: Width of outputs; None for float results.
         bias_bits: Width of biases.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
-        granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
+        granularity: Scales of weights: ``tensor``, ``channel``, ``input_channel`` or a group size;
+            None takes the platform's.
+        symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's; ``stochastic`` is for training alone.
         range: Range estimator of activations, or a fixed range.
         weight_range: Range estimator of weights, or a fixed range.
@@ -53,10 +59,13 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: The same behind a batch norm.
         ahead_linear_relu: The same for a linear layer.
         strict_platform: Make what the engine cannot run an error at set-up.
-        fused_rnn: Multiply whole input sequences of recurrent layers at once.
+        fused_rnn: Multiply whole input sequences of recurrent layers at once; ``"compiled"``
+            compiles their steps too.
         narrow_weights: Leave out the most negative weight code; None takes the platform's.
         strict_maximum: Keep the end of a range within the codes.
         seed: Of stochastic rounding.
+        statistics_bits: Width of the running statistics of batch norms in evaluation; None leaves
+            them in float.
         data_scale: What the ranges that activations ask for are multiplied with.
         preset: Name of a scheme (see :func:`lightning_linger.preset`), or a mapping of its ``name``
             and its fields, in the place of all the fields above.
@@ -78,13 +87,16 @@ class QuantizeCallback(StageCallback):
         end_epoch: int | None = None,
         freeze_at_epoch: int | None = None,
         freeze_at_step: int | None = None,
+        observe_at_epoch: int | None = None,
+        observe_at_step: int | None = None,
         platform: str = "venusa",
         weight_bits: int = 8,
         activation_bits: int = 8,
         output_bits: int | None = 8,
         bias_bits: int = 32,
         scale: ScaleKind | None = None,
-        granularity: Granularity | None = None,
+        granularity: Granularity | int | None = None,
+        symmetry: Symmetry | None = None,
         rounding: TrainingRounding | None = None,
         range: str | float = "ema_absmax",
         weight_range: str | float = "absmax",
@@ -94,10 +106,11 @@ class QuantizeCallback(StageCallback):
         ahead_bn_relu: bool = True,
         ahead_linear_relu: bool = True,
         strict_platform: bool = False,
-        fused_rnn: bool = True,
+        fused_rnn: RNNFusion = True,
         narrow_weights: bool | None = None,
         strict_maximum: bool = False,
         seed: int = 0,
+        statistics_bits: int | None = None,
         data_scale: float = 1.0,
         preset: str | dict[str, Any] | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
@@ -116,6 +129,11 @@ class QuantizeCallback(StageCallback):
                 f"({at_epoch or 0}): no range would be seen before it stands still."
             )
             raise ConfigError(msg)
+        self.observe_at_epoch, self.observe_at_step = observe_at_epoch, observe_at_step
+        self.observe: Schedule | None = None
+        if observe_at_epoch is not None or observe_at_step is not None:
+            self.observe = Schedule(observe_at_epoch, observe_at_step)
+            self._require_delay()
         self.config = QuantConfig(
             platform=platform_of(platform).name,
             weight_bits=weight_bits,
@@ -124,6 +142,7 @@ class QuantizeCallback(StageCallback):
             bias_bits=bias_bits,
             scale=scale,
             granularity=granularity,
+            symmetry=symmetry,
             rounding=rounding,
             range=range,
             weight_range=weight_range,
@@ -137,6 +156,7 @@ class QuantizeCallback(StageCallback):
             narrow_weights=narrow_weights,
             strict_maximum=strict_maximum,
             seed=seed,
+            statistics_bits=statistics_bits,
             data_scale=data_scale,
         )
         if preset is not None:
@@ -145,6 +165,16 @@ class QuantizeCallback(StageCallback):
         self.types = types
         self.modules = modules
         self.overrides = overrides
+
+    def _require_delay(self) -> None:
+        for name in ("at_epoch", "at_step"):
+            first, then = getattr(self, f"observe_{name}"), getattr(self.schedule, name)
+            if first is not None and then is not None and first >= then:
+                msg = (
+                    f"`observe_{name}` ({first}) must come before `{name}` ({then}): quantization "
+                    "moves the ranges itself."
+                )
+                raise ConfigError(msg)
 
     def plan(self, module: Any) -> None:
         """Create the quantizers, and say once what stays float."""
@@ -170,6 +200,7 @@ class QuantizeCallback(StageCallback):
         """Switch by epoch or condition, and freeze by epoch."""
         super().on_train_epoch_start(trainer, pl_module)
         self._follow_freeze(trainer, pl_module)
+        self._follow_observe(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -178,6 +209,17 @@ class QuantizeCallback(StageCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.freeze is not None and self.freeze.at_step is not None:
             self._follow_freeze(trainer, pl_module)
+        if self.observe is not None:
+            self._follow_observe(trainer, pl_module)
+
+    def _follow_observe(self, trainer: Any, module: Any) -> None:
+        if self.observe is None:
+            return
+        watches = instrumentation_of(module).switches.watch
+        wanted = not self.is_on(module) and self.observe.is_on(trainer, module, watches)
+        if watches != wanted:
+            switch_watch(module, wanted)
+            follow_in_average(trainer, module)
 
     def _follow_freeze(self, trainer: Any, module: Any) -> None:
         if self.freeze is None or trainer.fast_dev_run:

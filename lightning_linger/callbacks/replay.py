@@ -133,6 +133,12 @@ def _replaying(trainer: Any) -> list[ReplayCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ReplayCallback)]
 
 
+def dashboard_of(trainer: Any) -> Dashboard | None:
+    """Return the dashboard of a run; ranks other than zero, and trial runs, have none."""
+    callbacks = _replaying(trainer)
+    return callbacks[-1]._dashboard if callbacks else None
+
+
 def _run_folder(logger: Any, folder: str) -> Path:
     """Return the folder of one run; some loggers only name one that all their runs share."""
     if getattr(logger, "log_dir", None) is not None:

@@ -13,13 +13,19 @@ from lightning_linger.callbacks.company import check_company, follow_in_average
 from lightning_linger.callbacks.discovery import prepare_module
 from lightning_linger.callbacks.order import check_order, check_order_in_steps, ordered
 from lightning_linger.callbacks.schedule import NEVER, Condition, Schedule
-from lightning_linger.callbacks.strategies import refuse_unsupported_strategy
+from lightning_linger.callbacks.strategies import (
+    refuse_unsupported_shards,
+    refuse_unsupported_strategy,
+    shards,
+    share_statistics,
+)
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import changes, plain_data
 from lightning_linger.stages.prepare import prepare_from, strip
 
-# Key of a checkpoint.
+# Keys of a checkpoint.
 CONDITIONS = "linger_conditions"
+SHARDED_STATE = "linger_state"
 
 
 class StageCallback(Callback, ABC):
@@ -67,7 +73,7 @@ class StageCallback(Callback, ABC):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the sites and plan every stage of the trainer, once."""
-        if stages_of(trainer)[0] is self:
+        if self._leads(trainer):
             plan_stages(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -90,16 +96,34 @@ class StageCallback(Callback, ABC):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Switch by step."""
+        self._share_statistics(trainer, pl_module)
         if self.schedule.at_step is not None:
             self._follow_schedule(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep ranges still, even for a user who validates in training mode."""
+        self._share_statistics(trainer, pl_module)
         instrumentation_of(pl_module).switches.observing = False
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Let training move the ranges again."""
         instrumentation_of(pl_module).switches.observing = True
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Test the same model on all processes."""
+        self._share_statistics(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Predict with the same model on all processes."""
+        self._share_statistics(trainer, pl_module)
+
+    def _leads(self, trainer: Any) -> bool:
+        """Whether this callback does what is done once for all stages."""
+        return stages_of(trainer)[0] is self
+
+    def _share_statistics(self, trainer: Any, module: Any) -> None:
+        if self._leads(trainer) and shards(trainer):
+            share_statistics(module)
 
     def _follow_schedule(self, trainer: Any, module: Any) -> None:
         on = self.is_on(module)
@@ -124,9 +148,14 @@ class StageCallback(Callback, ABC):
             state = condition.state_dict() if hasattr(condition, "state_dict") else {}
             saved = {"metrics": metrics, "state": state}
             checkpoint.setdefault(CONDITIONS, {})[self.stage] = saved
+        if self._leads(trainer) and shards(trainer):
+            # The strategy loads tensor by tensor: what is on, and what came later, would be lost.
+            checkpoint[SHARDED_STATE] = dict(instrumentation_of(pl_module).state_dict())
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Give it back."""
+        if self._leads(trainer) and SHARDED_STATE in checkpoint:
+            instrumentation_of(pl_module).load_state_dict(checkpoint[SHARDED_STATE])
         saved = checkpoint.get(CONDITIONS, {}).get(self.stage)
         if saved is not None and self.schedule.when is not None:
             self._metrics = saved["metrics"]
@@ -160,6 +189,9 @@ def plan_stages(trainer: Any, module: Any, stage: str) -> None:
     make_layers(module)
     prepare_module(trainer, module, stage)
     _plan(module, in_order)
+    if shards(trainer):
+        refuse_unsupported_shards(module)
+    instrumentation_of(module).sharded = shards(trainer)
 
 
 def _plan(module: Any, stages: list[StageCallback]) -> None:

@@ -99,6 +99,14 @@ def show_advice(writer: Any, record: RunRecord, worst: int, step: int) -> None:
         writer.add_text("worst_layers", text, step)
 
 
+def show_text(trainer: Any, tag: str, text: str) -> None:
+    """Put lines, as they stand, on the page *Text*."""
+    # Markdown takes what is indented by four for code.
+    indented = "".join(f"    {line}\n" for line in text.splitlines())
+    for writer in writers(trainer):
+        writer.add_text(tag, indented, trainer.global_step)
+
+
 def show_pictures(writer: Any, record: RunRecord, worst: int, step: int) -> None:
     """Put every picture there is data for on the page *Images*."""
     pictures = {"stages/timeline": figures.stage_timeline(record)} if record.switches else {}

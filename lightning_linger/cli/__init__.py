@@ -22,6 +22,7 @@ from lightning_linger.cli import (
     inspect,
     repair,
     report,
+    sensitivity,
     verify,
 )
 from lightning_linger.core.errors import LingerError
@@ -35,6 +36,7 @@ _SUBCOMMANDS = (
     inspect,
     repair,
     report,
+    sensitivity,
     verify,
 )
 

@@ -121,6 +121,19 @@ def build_prepared_model(
     Raises:
         ConfigError: As :func:`build_model`, or if the model does not run on the inputs.
     """
+    model = build_prepared_root(arguments)
+    part, args, kwargs = recorded_example(model)
+    if batch is not None:
+        args, kwargs = _with_batch(batch, args, kwargs)
+    return as_root(model, part), args, kwargs
+
+
+def build_prepared_root(arguments: argparse.Namespace) -> nn.Module:
+    """Make the model, prepared.
+
+    Raises:
+        ConfigError: As :func:`build_model`, or if the model does not run on the inputs.
+    """
     model, args, kwargs = build_model(arguments)
     if not is_prepared(model):
         try:
@@ -134,10 +147,7 @@ def build_prepared_model(
                 "other shapes with --input."
             )
             raise ConfigError(msg) from error
-    part, args, kwargs = recorded_example(model)
-    if batch is not None:
-        args, kwargs = _with_batch(batch, args, kwargs)
-    return as_root(model, part), args, kwargs
+    return model
 
 
 def _with_batch(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lightning_linger.analysis.sensitivity import read_sensitivities
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.dashboard.report import report_html
 from lightning_linger.dashboard.run_log import read_run
-from lightning_linger.dashboard.sensitivity import read_sensitivities
 from lightning_linger.export.files import check_target, write_atomically
 
 _DESCRIPTION = """\
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         msg = f"{str(target)!r} is there already. Pass another file with -o, or --force."
         raise ConfigError(msg)
     record = read_run(arguments.run_dir)
-    rows = read_sensitivities(arguments.sensitivity) if arguments.sensitivity else []
+    rows = [*read_sensitivities(arguments.sensitivity)] if arguments.sensitivity else []
     page = report_html(record, rows, arguments.tolerance)
     write_atomically(target, page.encode("utf-8"))
     print(f"{target}: {len(record.measured_layers)} layers, {len(page) / 1e6:.1f} MB")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from lightning_linger.cli.arrays import read_arrays
 from lightning_linger.cli.models import add_model_arguments, build_prepared_model
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.export.reading import input_names, read_model
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         LingerError: If a file cannot be read or run, or does not fit.
     """
     graph = read_model(arguments.model).graph
-    data = _load(arguments.data, input_names(graph))
+    data = read_arrays(arguments.data, input_names(graph))
     model, args, kwargs = build_prepared_model(arguments)
     verdict = verify(model, arguments.model, data, args, kwargs)
     print(verdict)
@@ -76,42 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.input_bin or arguments.output_bin:
         same &= _exchange(arguments, next(batches(graph, data)))
     return 0 if same else 1
-
-
-def _load(paths: list[Path], names: list[str]) -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
-    plain: list[NDArray[Any]] = []
-    for path in paths:
-        loaded = _read(path)
-        if isinstance(loaded, Mapping):
-            found |= {name: loaded[name] for name in loaded if name in names}
-        else:
-            plain.append(loaded)
-    rest = [name for name in names if name not in found]
-    if len(plain) != len(rest):
-        msg = (
-            f"the graph's inputs are {names}; --data holds {sorted(found)} by name and "
-            f"{len(plain)} arrays without. Name the arrays of an .npz like the inputs, or pass "
-            "an .npy for each."
-        )
-        raise ConfigError(msg)
-    return found | dict(zip(rest, plain, strict=True))
-
-
-def _read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return dict(loaded)
-    except OSError as error:
-        msg = f"cannot read {str(path)!r}: {error.strerror or error}."
-        raise ConfigError(msg) from error
-    # What a broken file raises depends on where it is broken.
-    except Exception as error:
-        msg = f"{str(path)!r} holds no plain arrays: {error} Save them with numpy.save or savez."
-        raise ConfigError(msg) from error
 
 
 def _exchange(arguments: argparse.Namespace, batch: Mapping[str, NDArray[Any]]) -> bool:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_linger.core.errors import ConfigError, near_matches
-from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind
+from lightning_linger.core.grid import MAX_BITS, MIN_BITS, ScaleKind, Symmetry
 from lightning_linger.core.ranges import RangeRule
 from lightning_linger.core.rounding import ROUNDINGS, STOCHASTIC, TrainingRounding
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "input_channel"]
 FuseMode = Literal["running", "batch", "frozen"]
+FUSE_MODES: tuple[FuseMode, ...] = ("running", "batch", "frozen")
 LimitGradient = Literal["zero", "pull"]
+RNNFusion = bool | Literal["compiled"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,13 @@ class QuantConfig:
             inputs and weights.
         bias_bits: Width of biases at scale ``step_x * step_w``, 8 to 32.
         scale: ``power_of_two`` or ``free``; None takes the platform's.
-        granularity: Of weight scales, ``tensor`` or ``channel``; None takes the platform's.
+        granularity: Of weight scales: ``tensor``, ``channel`` (of the output), ``input_channel``,
+            or a number of input channels that share a scale in each output channel; None takes the
+            platform's. The last two are for linear layers and convolutions with power-of-two
+            scales, where a weight is an integer of up to 16 bits; other weights have one scale.
+        symmetry: Of activations of up to 8 bits: ``symmetric`` around zero, or ``affine``, with two
+            ends and a zero point; None takes the platform's. Weights, and wider activations, are
+            symmetric.
         rounding: None takes the platform's. ``stochastic`` rounds up or down by chance in training
             and as the platform in evaluation, integers and export.
         narrow_weights: Whether weights leave out their most negative code; None takes the
@@ -50,6 +58,9 @@ class QuantConfig:
             activations are rounded where they enter the layer that made them, those of weights and
             biases of layers before the mask of clipped values.
         gradient_range: Range estimator of gradients, or a number for a fixed range.
+        statistics_bits: Width of the running mean and variance of batch norms, folded or not, each
+            on a grid of its own, in evaluation, integers and export; training moves them in float.
+            None leaves them in float.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -57,7 +68,8 @@ class QuantConfig:
         strict_platform: Make an op that the platform's engine cannot run an error at set-up.
         fused_rnn: A recurrent layer multiplies its whole input sequence with the input weights at
             once, and steps through time for the recurrent part only; False does everything step by
-            step, with the same bits and less memory (see :func:`lightning_linger.fused_rnn`).
+            step, with the same bits and less memory; ``"compiled"`` compiles the steps too, again
+            with the same bits (see :func:`lightning_linger.fused_rnn`).
     """
 
     platform: str = "venusa"
@@ -66,7 +78,8 @@ class QuantConfig:
     output_bits: int | None = 8
     bias_bits: int = 32
     scale: ScaleKind | None = None
-    granularity: Granularity | None = None
+    granularity: Granularity | int | None = None
+    symmetry: Symmetry | None = None
     rounding: TrainingRounding | None = None
     range: str | float = "ema_absmax"
     weight_range: str | float = "absmax"
@@ -76,10 +89,11 @@ class QuantConfig:
     ahead_bn_relu: bool = True
     ahead_linear_relu: bool = True
     strict_platform: bool = False
-    fused_rnn: bool = True
+    fused_rnn: RNNFusion = True
     narrow_weights: bool | None = None
     strict_maximum: bool = False
     seed: int = 0
+    statistics_bits: int | None = None
     data_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -88,10 +102,15 @@ class QuantConfig:
         _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
             _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+        if self.statistics_bits is not None:
+            _require_bits("statistics_bits", self.statistics_bits, MIN_BITS, 16)
         if self.gradient_bits is not None:
             _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
-        _require_choice("granularity", self.granularity, ("tensor", "channel", None))
+        if type(self.granularity) is not int or self.granularity < 1:
+            choices = ("tensor", "channel", "input_channel", None)
+            _require_choice("granularity", self.granularity, choices, "or a group size")
+        _require_choice("symmetry", self.symmetry, ("symmetric", "affine", None))
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
         _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
         _require_choice("strict_maximum", self.strict_maximum, (True, False))
@@ -101,9 +120,7 @@ class QuantConfig:
         if type(self.seed) is not int or self.seed < 0:
             msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
             raise ConfigError(msg)
-        if type(self.fused_rnn) is not bool:
-            msg = f"`fused_rnn` must be True or False. Found: {self.fused_rnn!r}."
-            raise ConfigError(msg)
+        check_fusion(self.fused_rnn)
         RangeRule.parse(self.range)
         RangeRule.parse_weight(self.weight_range)
         if RangeRule.parse(self.gradient_range, "`gradient_range`").learned is not None:
@@ -195,7 +212,7 @@ class FuseConfig:
     mode: FuseMode = "running"
 
     def __post_init__(self) -> None:
-        _require_choice("mode", self.mode, ("running", "batch", "frozen"))
+        _require_choice("mode", self.mode, FUSE_MODES)
 
 
 def override(config: Any, fields: dict[str, Any]) -> Any:
@@ -211,6 +228,14 @@ def override(config: Any, fields: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **fields)
 
 
+def check_fusion(value: RNNFusion) -> RNNFusion:
+    """Return a value of ``fused_rnn``, and refuse any other."""
+    if type(value) is not bool and value != "compiled":
+        msg = f"`fused_rnn` must be True, False or 'compiled'. Found: {value!r}."
+        raise ConfigError(msg)
+    return value
+
+
 def _require_bits(name: str, bits: object, low: int, high: int) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
         msg = f"`{name}` must be an integer from {low} to {high}. Found: {bits!r}."
@@ -223,7 +248,10 @@ def _require_weight_range(spec: str | float) -> None:
         raise ConfigError(msg)
 
 
-def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def _require_choice(
+    name: str, value: object, choices: tuple[object, ...], also: str | None = None
+) -> None:
     if value not in choices:
-        msg = f"`{name}` must be one of {choices}. Found: {value!r}."
+        more = "" if also is None else f", {also}"
+        msg = f"`{name}` must be one of {choices}{more}. Found: {value!r}."
         raise ConfigError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,6 +63,21 @@ def mean_over_ranks(x: Tensor, count: int) -> Tensor:
     weighted = torch.stack([x * count, x.new_tensor(float(count))])
     dist.all_reduce(weighted, dist.ReduceOp.SUM)
     return weighted[0] / weighted[1].clamp_min(1)
+
+
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of the first process."""
+    if is_distributed():
+        for x in tensors:
+            dist.broadcast(x, src=0)
+
+
+def from_first_rank(x: Tensor) -> Tensor:
+    """Return the value that the first process has."""
+    if is_distributed():
+        x = x.clone()
+        dist.broadcast(x, 0)
+    return x
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -39,6 +39,7 @@ class GradientQuantizer(nn.Module):
 
     Attributes:
         frozen: Whether the range stays what it is.
+        active: Whether gradients are rounded; if not, they pass in float.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class GradientQuantizer(nn.Module):
         self.estimator = RangeEstimator(range, name, self.grid)
         self.switches = switches
         self.frozen = False
+        self.active = True
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, whose gradient is rounded in training."""
-        if not (self.training and x.requires_grad and torch.is_grad_enabled()):
+        if not (self.active and self.training and x.requires_grad and torch.is_grad_enabled()):
             return x
         if capturing():
             msg = (

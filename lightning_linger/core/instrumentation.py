@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -30,12 +30,16 @@ from lightning_linger.core.recipe import (
 )
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
+from lightning_linger.core.sharding import class_name, gathers_parameters
 from lightning_linger.core.sites import Site, Switches, real_values
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
+from lightning_linger.core.widths import Widths, set_widths, widths_of
 
 STATE_NAME = "_linger"
 STATE_PREFIX = STATE_NAME + "."
 EXTRA_STATE = "_extra_state"
+# Bytes for what changes at a site during a run, where a recipe has to keep its size.
+ROOM_PER_SITE = 1024
 # A module without parameters whose call is to be seen wherever it is made.
 POINT_MARK = "_linger_point"
 
@@ -203,10 +207,39 @@ class Frame:
         self.entry = entry
         self.invocations = 0
         self.sites: list[dict[str, list[Site]]] = []
+        self._given: Any = None
+
+    def before_gathering(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook in front of that which gathers the parameters of a sharded module."""
+        self.instrumentation.paused = True
+        self._given = (args, kwargs)
+
+    def before_sharding(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook in front of that which lets go of gathered parameters."""
+        self.instrumentation.paused = True
+
+    def _after_gathering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Recognise the arguments again, which autograd functions may have been passed through."""
+        instrumentation = self.instrumentation
+        instrumentation.paused = False
+        given, self._given = self._given, None
+        for before, after in zip(tree_leaves(given), tree_leaves((args, kwargs)), strict=True):
+            same = before is after or not isinstance(after, Tensor)
+            if same or (before.dtype, before.shape) != (after.dtype, after.shape):
+                continue
+            if instrumentation.recorder is not None:
+                instrumentation.recorder.renamed(before, after)
+            tag = tag_of(before)
+            if tag is not None:
+                with_tag(after, tag)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         instrumentation = self.instrumentation
+        if instrumentation.paused:
+            self._after_gathering(args, kwargs)
         calls = instrumentation.calls
         if not instrumentation.engaged:
             # Without a stack nothing tells the calls inside the first one from the next.
@@ -220,15 +253,18 @@ class Frame:
                 calls.append(ModuleCall(module, args, kwargs))
             if instrumentation.recorder is not None:
                 instrumentation.recorder.given((args, kwargs))
-            instrumentation.begin()
+            instrumentation.begin(module, args, kwargs)
         invocation = self.invocations
         self.invocations = invocation + 1
         sites = self.sites[invocation] if invocation < len(self.sites) else {}
         instrumentation.stack.append(Activation(self.path, invocation, sites))
+        if instrumentation.recorder is not None:
+            instrumentation.recorder.owns(module)
 
     def exit(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook, called after an error too."""
         instrumentation = self.instrumentation
+        instrumentation.paused = False
         stack = instrumentation.stack
         if not stack or stack[-1].path != self.path:
             return None
@@ -250,6 +286,9 @@ class Instrumentation(nn.Module):
         tap: Called after each site ran, None to call nothing.
         calls: Collects the outermost module calls, the first one only while every stage is off;
             None to collect nothing.
+        paused: Whether what runs now gathers or shards parameters, and is not the model's.
+        exchanges: Collects the outermost calls and what they return, while a stage is on; None to
+            collect nothing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -258,8 +297,11 @@ class Instrumentation(nn.Module):
         self.graph = Graph([])
         self.tap: Tap | None = None
         self.calls: list[ModuleCall] | None = None
+        self.exchanges: list[tuple[ModuleCall, Any]] | None = None
+        self._running: ModuleCall | None = None
         self.recorder: Recorder | None = None
         self.stack: list[Activation] = []
+        self.paused = False
         self.site = nn.ModuleDict()
         self.noise: Noise | None = None
         self.learned: list[LearnedScale] = []
@@ -268,8 +310,14 @@ class Instrumentation(nn.Module):
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
         self.marks: dict[str, Any] = {}
+        # Widths that sites were planned with and no longer have, by key.
+        self._planned_widths: dict[str, Widths] = {}
+        # What has changed the parameters once and for all, e.g. `equalize`, in order.
+        self.applied: list[str] = []
         # Whether the state of a model that was planned otherwise may be loaded.
         self.accepts_changes = False
+        # Whether checkpoints are loaded tensor by tensor, into tensors of the size they were saved.
+        self.sharded = False
         # The first call of a recorded forward: which module, with what kind of inputs.
         self.example: dict[str, Any] | None = None
         # The dataflow and the classes of the modules, as they are written into checkpoints.
@@ -289,6 +337,12 @@ class Instrumentation(nn.Module):
                 module.register_forward_pre_hook(frame.enter, with_kwargs=True),
                 module.register_forward_hook(frame.exit, always_call=True),
             ]
+            if gathers_parameters(module):
+                before, after = frame.before_gathering, frame.before_sharding
+                self._handles += [
+                    module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+                    module.register_forward_hook(after, prepend=True),
+                ]
         register: Any = self.register_load_state_dict_pre_hook
         register(_keep_what_is_missing)
         self.train(root.training)
@@ -324,13 +378,8 @@ class Instrumentation(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return what is on, and where quantizers are, as JSON in a uint8 tensor."""
-        recipe = {
+        planned = {
             "format": FORMAT_VERSION,
-            "fuse": self.switches.fuse,
-            "fuse_mode": self.switches.fuse_mode,
-            "normalize": self.switches.normalize,
-            "quantize": self.switches.quantize,
-            "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
             "quantizers": self._quantizer_names(),
             "layers": self._layers(),
             "plans": self.plans,
@@ -338,7 +387,19 @@ class Instrumentation(nn.Module):
             "example": self.example,
             **self._recorded,
         }
-        return encode(recipe)
+        now = {
+            "fuse": self.switches.fuse,
+            "fuse_mode": self.switches.fuse_mode,
+            "normalize": self.switches.normalize,
+            "quantize": self.switches.quantize,
+            "watch": self.switches.watch,
+            "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
+            "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
+            "applied": self.applied,
+            "gradients": self._gradient_states(),
+            "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
+        }
+        return encode(planned, now, ROOM_PER_SITE * len(self.site) if self.sharded else None)
 
     def set_extra_state(self, state: Any) -> None:
         """Switch on what was on, after checking that it was planned in the same way."""
@@ -350,10 +411,61 @@ class Instrumentation(nn.Module):
         switches.fuse_mode = recipe["fuse_mode"]
         switches.normalize = recipe["normalize"] and "normalize" in planned
         switches.quantize = recipe["quantize"] and "quantize" in planned
-        frozen = recipe.get("frozen", {})
+        switches.watch = recipe.get("watch", False) and "quantize" in planned
+        self.applied = list(recipe.get("applied", ()))
+        frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
         for site in self.sites:
             site.freeze(frozenset(frozen.get(site.key, ())))
+            site.leave_float(frozenset(floating.get(site.key, ())))
+            for node in site.gradient_quantizers():
+                default = (True, node.frozen)
+                node.active, node.frozen = recipe.get("gradients", {}).get(node.name, default)
+        if not self.accepts_changes:
+            self.change_widths(
+                {
+                    **self._planned_widths,
+                    **{
+                        key: Widths(*widths)
+                        for key, widths in recipe.get("widths", {}).items()
+                        if key in self
+                    },
+                }
+            )
         self.thaw()
+
+    def _gradient_states(self) -> dict[str, tuple[bool, bool]]:
+        """Return which gradients are not treated as their site says.
+
+        Returns:
+            Whether each is rounded, and whether its range stays, by name.
+        """
+        return {
+            node.name: (node.active, node.frozen)
+            for site in self.sites
+            for node in site.gradient_quantizers()
+            if not node.active or node.frozen != ("gradients" in site.frozen)
+        }
+
+    def planned_widths(self, site: Site) -> Widths:
+        """Return the widths that a quantized site was planned with."""
+        return self._planned_widths.get(site.key, widths_of(site))
+
+    def change_widths(self, widths: Mapping[str, Widths]) -> None:
+        """Give quantized sites other widths, in place; checkpoints know them from then on.
+
+        Args:
+            widths: By site key; others keep theirs.
+
+        Raises:
+            ConfigError: If a width is not allowed.
+        """
+        for key, changed in widths.items():
+            site = self.find(key)
+            planned = self.planned_widths(site)
+            set_widths(site, changed)
+            self._planned_widths.pop(key, None)
+            if changed != planned:
+                self._planned_widths[key] = planned
 
     def _require_same(self, recipe: Mapping[str, Any]) -> None:
         changed = changes(recipe["plans"], self.plans)
@@ -380,6 +492,8 @@ class Instrumentation(nn.Module):
             marks: Marks on modules that it read, by dotted path.
         """
         # The latest plan stands last: what is planned first, the next one builds on.
+        if stage == "quantize":
+            self._planned_widths = {}
         self.plans.pop(stage, None)
         self.plans[stage] = plain_data(plan)
         self.marks[stage] = plain_data(marks)
@@ -415,7 +529,7 @@ class Instrumentation(nn.Module):
         owners = sorted({node.owner for node in graph if node.owner})
         self._recorded = {
             "graph": graph_to_plain(graph),
-            "owners": {path: type(root.get_submodule(path)).__name__ for path in owners},
+            "owners": {path: class_name(root.get_submodule(path)) for path in owners},
         }
         for node in graph:
             op = op_of(node.op)
@@ -437,8 +551,10 @@ class Instrumentation(nn.Module):
             "kwargs": value_to_plain(call.kwargs),
         }
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Enter the mode, at the outermost call of an instrumented module."""
+        if self.exchanges is not None:
+            self._running = ModuleCall(module, args, kwargs)
         self.switches.recomputing = (
             not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         )
@@ -450,7 +566,7 @@ class Instrumentation(nn.Module):
 
     def _follow_learned(self) -> None:
         """Forget what evaluation derived where learned ranges have changed since (averaging)."""
-        versions = [(x.value.data_ptr(), x.value._version) for x in self.learned]
+        versions = [(p.data_ptr(), p._version) for x in self.learned for p in x.parameters()]
         if versions != self._learned_versions:
             self._learned_versions = versions
             self.thaw()
@@ -460,6 +576,9 @@ class Instrumentation(nn.Module):
         self._mode.__exit__(None, None, None)
         for frame in self._frames.values():
             frame.invocations = 0
+        if self.exchanges is not None and self._running is not None:
+            self.exchanges.append((self._running, output))
+        self._running = None
         if self.recorder is not None:
             self.recorder.returned(output, whole=path == "")
             return None
@@ -469,6 +588,8 @@ class Instrumentation(nn.Module):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function of the model."""
+        if self.paused:
+            return func(*args, **kwargs)
         canonical = canonical_of(func)
         if self.recorder is not None:
             return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])
@@ -511,6 +632,10 @@ class Instrumentation(nn.Module):
         call = op.bind(*_in_order(args, canonical), **kwargs)
         if system == "float":
             result = op.run_float(site, call)
+            if site.watching:
+                return self._watch(site, call, result, canonical, func, args, kwargs)
+        elif site.passes_float:
+            result = self._run_passing(site, call, func, args, kwargs)
         else:
             result = (op.run_fake if system == "fake" else op.run_integer)(site, call)
             if site.released and result is not NotImplemented:
@@ -519,6 +644,38 @@ class Instrumentation(nn.Module):
         if result is NotImplemented:
             return self._run_plain(func, args, kwargs, canonical.inplace)
         return result
+
+    def _watch(
+        self,
+        site: Site,
+        call: Any,
+        result: Any,
+        canonical: Canonical,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Move the ranges of a site by a float forward, and return its result."""
+        site.watch_operands(site.op.operands(call))
+        plain = result is NotImplemented
+        if plain:
+            result = self._run_plain(func, args, kwargs, canonical.inplace)
+        # A layer that has a batch norm to come is observed behind it.
+        finished = not plain and site.op.rounds_parts_apart
+        if isinstance(result, Tensor) and not finished and not site.completes_fold:
+            site.watch_result(result)
+        return result
+
+    def _run_passing(
+        self, site: Site, call: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call in float, with the tag that its result would have on the grid."""
+        result = site.op.run_float(site, tree_map_only(Tensor, plain_values, call))
+        if result is NotImplemented:
+            args, kwargs = tree_map_only(Tensor, plain_values, (args, kwargs))
+            result = func(*args, **{**kwargs, **_out_of_place(kwargs)})
+        assert site.output is not None  # `passes_float` says so
+        return site.output(result, learn=site.learning)
 
     def _notify(
         self,

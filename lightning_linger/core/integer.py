@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import capturing
+from lightning_linger.core.fixed_point import (
+    multiply_by_quantized_multiplier,
+    multiply_wide,
+    quantize_multipliers,
+)
+from lightning_linger.core.platform import Platform, fixed_point_of
 from lightning_linger.core.rounding import ROUNDINGS
 
 P = ParamSpec("P")
@@ -96,6 +102,27 @@ def rescale(acc: Tensor, ratio: Tensor | float, low: int, high: int, rounding: s
     return codes.clamp_(low, high)
 
 
+def rescale_fixed_point(
+    acc: Tensor, ratios: Sequence[float], engine: Platform, trailing: int = 0, wide: bool = False
+) -> Tensor:
+    """Return ``acc * ratio`` as whole numbers in int64, rounded as an engine's fixed point does.
+
+    Args:
+        acc: Whole numbers in any dtype, channels standing before ``trailing`` dimensions.
+        ratios: ``step_in / step_out``, one or one per channel.
+        engine: The target, whose rounding applies.
+        trailing: Number of dimensions behind the channels.
+        wide: Whether operands have 16 bits, whose sums need 64.
+    """
+    whole = acc.to(torch.int64)
+    m, shift = quantize_multipliers(ratios, whole)
+    if len(ratios) > 1:
+        m, shift = (v.view(-1, *([1] * trailing)) for v in (m, shift))
+    if wide:
+        return multiply_wide(whole, m, shift)
+    return multiply_by_quantized_multiplier(whole, m, shift, engine.multiplier_rounding)
+
+
 def multiplier(scale_a: float, scale_b: Sequence[float], scale_o: float) -> Tensor:
     """Return ``scale_a * scale_b / scale_o``, every step rounded to float32 as onnxruntime does it.
 
@@ -157,9 +184,30 @@ def requantize(
     bits: int,
     rounding: str,
     platform: str,
+    low: int | None = None,
+    high: int | None = None,
 ) -> Tensor:
-    """Bring codes to another scale or width."""
-    codes = rescale(wide(x, bits_x), scale_x / scale_o, *code_limits(bits), rounding)
+    """Bring codes to another scale or width.
+
+    Args:
+        x: Codes.
+        scale_x: Step of ``x``.
+        scale_o: Step of the result.
+        bits_x: Width of ``x``.
+        bits: Width of the result.
+        rounding: Rounding rule.
+        platform: Name of the target.
+        low: Smallest code of the result, if it is not that of the width.
+        high: Largest code of the result, likewise.
+    """
+    lowest, highest = code_limits(bits)
+    low, high = lowest if low is None else low, highest if high is None else high
+    engine = fixed_point_of(platform)
+    if engine is not None:
+        return to_payload(
+            rescale_fixed_point(x, [scale_x / scale_o], engine).clamp_(low, high), bits
+        )
+    codes = rescale(wide(x, bits_x), scale_x / scale_o, low, high, rounding)
     return to_payload(codes, bits)
 
 
@@ -172,5 +220,7 @@ def _(
     bits: int,
     rounding: str,
     platform: str,
+    low: int | None = None,
+    high: int | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits))

@@ -28,6 +28,17 @@ def caller_location() -> str:
     return "<unknown>"
 
 
+def raised_at(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost frame outside torch and this library of an error."""
+    found, trace = "<unknown>", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(_OUTSIDE):
+            found = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
 def directly_checkpointed() -> bool:
     """Whether the call runs in a checkpointed function without a module call between them.
 

@@ -1,19 +1,22 @@
 """The activation quantizer: a grid, a range estimator, and the window its follower lets through."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
+from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, straight_through
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.ranges import LearnedScale, RangeEstimator
-from lightning_linger.core.rounding import Rounder
+from lightning_linger.core.ranges import LearnedRange, LearnedScale, RangeEstimator
+from lightning_linger.core.rounding import Rounder, half_away, round_value
 from lightning_linger.core.tags import Tag, with_tag
 
 
@@ -48,7 +51,8 @@ class Quantizer(nn.Module):
     Args:
         name: The site and role, e.g. ``layer1.0.conv1/conv2d/0``; used in messages and tags.
         grid: Bits, scale kind and rounding.
-        range: Name of the range estimator, or a fixed absolute maximum.
+        range: Name of the range estimator, a fixed absolute maximum, or the two ends of a fixed
+            range.
         window: What the follower lets through.
         factor: What the range that a batch asks for is multiplied with.
         learns: Whether a range that can be learned is; otherwise it stays with its estimator.
@@ -56,13 +60,14 @@ class Quantizer(nn.Module):
     Attributes:
         learned: The learned range, None for one that is only observed.
         gradient: Rounds the gradient of what is rounded here, None to leave it as it is.
+        rounds: Whether values are rounded; if not, they pass in float, clamped into the window.
     """
 
     def __init__(
         self,
         name: str,
         grid: Grid,
-        range: str | float,
+        range: str | float | tuple[float, float],
         window: Window | None = None,
         learns: bool = True,
         factor: float = 1.0,
@@ -73,12 +78,14 @@ class Quantizer(nn.Module):
         self.window = window or Window()
         self.estimator = RangeEstimator(range, name, grid, factor)
         kind = self.estimator.rule.learned
-        self.learned = LearnedScale(kind, grid) if kind is not None and learns else None
+        self.learned = _learned(kind, grid, name) if kind is not None and learns else None
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
         self._frozen_reach: float | None = None
+        self._frozen_zero: int | None = None
         self.gradient: GradientQuantizer | None = None
+        self.rounds = True
         # Kept out of `_modules`: the model has one, and its state is saved once.
         self.__dict__["noise"] = None
 
@@ -99,7 +106,7 @@ class Quantizer(nn.Module):
         cap = min(self.window.cap, cap)
         self.estimator.observe(x, max(self.window.low, -cap), min(self.window.high, cap))
         if self.learned is not None and self.known:
-            self.learned.follow(self.estimator.absmax())
+            self.learned.follow_range(*self.estimator.range.unbind())
             if torch.is_grad_enabled():
                 self.learned.start()
 
@@ -108,11 +115,16 @@ class Quantizer(nn.Module):
         self.estimator.assume(absmax)
         self.thaw()
 
+    def watch(self, x: Tensor, cap: float = math.inf) -> None:
+        """Move the range by a batch that is not rounded; gradients do not take over from here."""
+        with torch.no_grad():
+            self.observe(x.detach().float(), cap)
+
     def wanted_step(self) -> Tensor:
         """Return the step that the range asks for, where the platform has no say."""
         if self.learned is not None:
             return self.learned.step()
-        return self.grid.step(self.estimator.absmax())
+        return self.grid.step_of_range(*self.estimator.range.unbind())
 
     def step(self, minimum: Scalar | None = None) -> Scalar:
         """Return the step in use.
@@ -137,22 +149,64 @@ class Quantizer(nn.Module):
         if self.learned is not None:
             value = float(self.learned.step())
         else:
-            low, high = self.estimator.range.tolist()
-            value = self.grid.step_value(max(-low, high))
+            value = self.grid.step_value_of_range(*self.estimator.range.tolist())
         if minimum is not None:
             value = max(value, float(minimum))
         if not self.training:
             self._frozen_step = value
         return value
 
+    def zero_point(self, step: Scalar) -> Bound | None:
+        """Return what stands for zero in an engine's memory; None on a symmetric grid.
+
+        Args:
+            step: The step in use.
+
+        Returns:
+            A number where values can be read, else a 0-dim tensor.
+        """
+        if not self.grid.affine:
+            return None
+        self._thaw_in_training()
+        if self._frozen_zero is not None:
+            return self._frozen_zero
+        learned = self.learned
+        low = learned.offset if isinstance(learned, LearnedRange) else self.estimator.range[0]
+        if isinstance(step, Tensor) or not can_read(low):
+            step = torch.as_tensor(step, dtype=torch.float32, device=low.device)
+            return self.grid.zero_point_of_range(low.detach(), step)
+        value = self.grid.zero_point_value_of_range(low.item(), step)
+        if not self.training:
+            self._frozen_zero = value
+        return value
+
+    def adopt_step(self, step: float) -> None:
+        """Take a range that has a given step.
+
+        Raises:
+            ConfigError: If no range has it.
+        """
+        absmax = self.grid.absmax_of(step)
+        self.estimator.adopt(-absmax, absmax)
+        if self.learned is not None:
+            self.learned.follow(self.estimator.absmax())
+        self.thaw()
+        if float(self.wanted_step()) != step:
+            msg = f"`{self.name}`: its learned range has no step {step!r}."
+            raise ConfigError(msg)
+
     def code_bounds(self, step: Scalar) -> tuple[Bound, Bound]:
         """Return the smallest and largest code at this step that the window lets through."""
-        low: Bound = self.grid.qmin
-        high: Bound = self.grid.qmax
+        lowest: Bound = self.grid.qmin
+        highest: Bound = self.grid.qmax
+        zero_point = self.zero_point(step)
+        if zero_point is not None:
+            lowest, highest = lowest - zero_point, highest - zero_point
+        low, high = lowest, highest
         if self.window.low > -math.inf:
-            low = _edge_code(self.window.low, step, self.grid)
+            low = _edge_code(self.window.low, step, lowest, highest, self.grid)
         if self.window.high < math.inf:
-            high = _edge_code(self.window.high, step, self.grid)
+            high = _edge_code(self.window.high, step, lowest, highest, self.grid)
         return low, high
 
     def forward(
@@ -189,6 +243,8 @@ class Quantizer(nn.Module):
             dtype: Of the result.
             overwrite: Whether the memory of ``values`` may be used.
         """
+        if not self.rounds:
+            return self.passed(values, step, dtype)
         usable = readable(step, values)
         if isinstance(usable, float):
             self.latest_step = usable
@@ -202,6 +258,15 @@ class Quantizer(nn.Module):
             rounded = fake_quantize(values, usable, low, high, self.rounding, overwrite)
         rounded = self.with_rounded_gradient(rounded.to(dtype))
         return with_tag(rounded, self.tag(step, dtype))
+
+    def passed(self, values: Tensor, step: Scalar, dtype: torch.dtype) -> Tensor:
+        """Return values as they are, clamped into the window, with a tag that says so."""
+        window = self.window
+        if window.low > -math.inf or window.high < math.inf:
+            values = values.clamp(window.low, window.high)
+        # A view: the tag must not appear on a tensor of the user's.
+        passed = self.with_rounded_gradient(values.to(dtype).view_as(values))
+        return with_tag(passed, dataclasses.replace(self.tag(step, dtype), rounded=False))
 
     def with_rounded_gradient(self, rounded: Tensor) -> Tensor:
         """Return a result of this quantizer with the gradient rounded, if it is to be."""
@@ -239,11 +304,17 @@ class Quantizer(nn.Module):
 
     def tag(self, step: Scalar, dtype: torch.dtype) -> Tag:
         """Return the tag of a tensor rounded with ``step``."""
-        return Tag(step, self.grid.bits, self.name, dtype, reach=self.reach())
+        grid = self.grid
+        return Tag(
+            step, grid.code_bits, self.name, dtype, self.zero_point(step), reach=self.reach()
+        )
 
     def reach(self) -> Scalar:
         """Return the absolute maximum of the range."""
         self._thaw_in_training()
+        if isinstance(self.learned, LearnedRange):
+            span = self.learned.step() * (self.grid.qmax - self.grid.qmin)
+            return float(span) if can_read(span) else span
         if self._frozen_reach is not None:
             return self._frozen_reach
         if not can_read(self.estimator.range):
@@ -266,7 +337,7 @@ class Quantizer(nn.Module):
 
     def thaw(self) -> None:
         """Forget the frozen step."""
-        self._frozen_step = self._frozen_reach = None
+        self._frozen_step = self._frozen_reach = self._frozen_zero = None
 
     def train(self, mode: bool = True) -> "Quantizer":
         """Switch between moving (training) and frozen (evaluation) ranges."""
@@ -280,6 +351,10 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the grid and the window."""
         return f"{self.grid}, {self.window}"
+
+
+def _learned(kind: str, grid: Grid, name: str) -> LearnedScale:
+    return LearnedRange(kind, grid, name) if grid.affine else LearnedScale(kind, grid)
 
 
 def readable(step: Scalar, x: Tensor) -> Scalar:
@@ -297,9 +372,15 @@ def clamped(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
     return x.clamp(low, high)
 
 
-def _edge_code(edge: float, step: Scalar, grid: Grid) -> Bound:
+def _edge_code(edge: float, step: Scalar, low: Bound, high: Bound, grid: Grid) -> Bound:
+    """Return the code of an edge of a window; engines with a zero point round halves away."""
     if edge == 0.0:
         return 0
-    if isinstance(step, Tensor):
-        return torch.floor(edge / step + 0.5).clamp(grid.qmin, grid.qmax)
-    return max(grid.qmin, min(grid.qmax, math.floor(edge / step + 0.5)))
+    if isinstance(step, Tensor) or isinstance(low, Tensor):
+        place = torch.as_tensor(edge / step)
+        return clamped(half_away(place) if grid.affine else torch.floor(place + 0.5), low, high)
+    if grid.affine:
+        code = round_value(float(np.float32(edge) / np.float32(step)), "half_away")
+    else:
+        code = math.floor(edge / step + 0.5)
+    return max(low, min(int(high), code))

@@ -37,9 +37,19 @@ class Unreadable:
     text: str
 
 
-def encode(recipe: Mapping[str, Any]) -> Tensor:
-    """Return a recipe as JSON in a uint8 tensor."""
-    return torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
+def encode(planned: Mapping[str, Any], now: Mapping[str, Any], room: int | None = None) -> Tensor:
+    """Return a recipe as JSON in a uint8 tensor.
+
+    Args:
+        planned: What stays the same during a run.
+        now: What changes.
+        room: Bytes that what changes takes at most; the rest is filled up with blanks, so that the
+            tensor keeps its size. None to take no more than needed.
+    """
+    text = json.dumps({**planned, **now})
+    if room is not None:
+        text = text.ljust(len(json.dumps(planned)) + room)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def decode(state: Tensor) -> dict[str, Any]:

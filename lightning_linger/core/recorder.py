@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import UnsupportedError
@@ -40,8 +40,9 @@ class Recorder:
         self._stop_after_whole = stop_after_whole
         self._constants = constants
         self._values: dict[int, int] = {}
-        # Recorded tensors are kept alive, so that an `id` is never reused.
+        # Tensors are kept alive, so that an `id` is never reused.
         self._alive: list[Tensor] = []
+        self._also_alive: list[Tensor] = []
         self._overwritten: dict[int, int] = {}
         # The frames themselves: an `id` would be used again once a frame is gone.
         self._regions: dict[str, FrameType | None] = {}
@@ -101,6 +102,17 @@ class Recorder:
             )
         )
         return result
+
+    def owns(self, module: nn.Module) -> None:
+        """Note that a module has parameters: those of a sharded one are there while it runs."""
+        parameters = [x for x in module._parameters.values() if x is not None]
+        self._also_alive += parameters
+        self._constants |= {id(x) for x in parameters}
+
+    def renamed(self, before: Tensor, after: Tensor) -> None:
+        """Note that a value goes on as another tensor."""
+        self._values[id(after)] = self._spec(before).value
+        self._also_alive.append(after)
 
     def given(self, arguments: Any) -> None:
         """Note what an outermost module call is given."""

@@ -67,6 +67,9 @@ class Op:
             where the op reads its own result again.
         learns_ranges: Whether its quantizers can learn their ranges; those that round step by step
             through time stay with their estimators.
+        rounds_parts_apart: Whether its fake-quant form can leave its parameters, or its result, in
+            float (:attr:`Site.floating`).
+        groups_weights: Whether its weight ``[O, I, ...]`` can have scales of groups of inputs.
         exact_with_free_scales: Whether fake-quant and integers are equal bit for bit where scales
             are no powers of two; without, they may differ next to rounding ties.
     """
@@ -79,6 +82,8 @@ class Op:
     commutative: bool = False
     takes_window: bool = True
     learns_ranges: bool = True
+    rounds_parts_apart: bool = False
+    groups_weights: bool = False
     exact_with_free_scales: bool = False
 
     def __init__(self, kind: str) -> None:
@@ -114,9 +119,18 @@ class Op:
         """Return the width that an operand must have."""
         return config.activation_bits
 
-    def output_range(self, call: Any, config: QuantConfig, platform: Platform) -> float | None:
-        """Return the absolute maximum of results where it is known (1 for a sigmoid)."""
+    def output_range(
+        self, call: Any, config: QuantConfig, platform: Platform
+    ) -> float | tuple[float, float] | None:
+        """Return the absolute maximum of results where it is known (1 for a sigmoid).
+
+        Two numbers are the ends of a range that the platform fixes, and nobody may change.
+        """
         return None
+
+    def scale_source(self, platform: Platform) -> OutputScale:
+        """Return ``output_scale``, where it depends on the platform."""
+        return self.output_scale
 
     def quantized_results(self, results: Sequence[Any]) -> Sequence[Any]:
         """Return those of the results that other ops can take as codes, in order."""

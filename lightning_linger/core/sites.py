@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +47,25 @@ if TYPE_CHECKING:
     from lightning_linger.core.registry import Op
 
 
+@dataclass(frozen=True)
+class RoundedParameter:
+    """A parameter as a forward has used it.
+
+    Args:
+        site: Key of the site.
+        name: Of the weight, as its step is called, or ``bias``.
+        source: The parameter, or the part of one; None for what folding has made up.
+        values: On the grid, detached.
+        step: Of the values, 0-dim or one per channel.
+    """
+
+    site: str
+    name: str
+    source: Tensor | None
+    values: Tensor
+    step: Tensor
+
+
 @dataclass
 class Switches:
     """What is on at the moment; one object shared by all sites of a model.
@@ -55,8 +75,10 @@ class Switches:
         fuse_mode: How.
         normalize: Whether range limits act.
         quantize: Whether quantizers act.
+        watch: Whether float forwards in training mode move the ranges, ahead of quantization.
         system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
         observing: Whether a training forward moves the ranges.
+        rounded: Collects the parameters that evaluation forwards round, None to collect nothing.
         recomputing: Whether this forward is repeated during backward (activation checkpointing);
             it must see the ranges of the first time.
     """
@@ -65,9 +87,11 @@ class Switches:
     fuse_mode: FuseMode = "running"
     normalize: bool = False
     quantize: bool = False
+    watch: bool = False
     system: str = "fake"
     observing: bool = True
     recomputing: bool = False
+    rounded: list[RoundedParameter] | None = None
 
     @property
     def learning(self) -> bool:
@@ -77,7 +101,7 @@ class Switches:
     @property
     def any_stage(self) -> bool:
         """Whether some stage is on."""
-        return self.fuse or self.normalize or self.quantize
+        return self.fuse or self.normalize or self.quantize or self.watch
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,9 @@ class Limits:
 
 FrozenPart = Literal["activations", "weights", "gradients"]
 FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "gradients")
+
+FloatPart = Literal["activations", "weights", "biases"]
+FLOAT_PARTS: tuple[FloatPart, ...] = ("activations", "weights", "biases")
 
 # Buffers that hold the steps of weights while ranges are frozen.
 _HELD = "held_"
@@ -126,6 +153,8 @@ class Site(nn.Module):
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
         frozen: The parts whose ranges stay what they are.
+        floating: The parts that are not rounded, though they are planned to be.
+        latest_steps: Steps of the weights in the latest forward, by the name of the weight.
         why_float: Why the site is not quantized, if so.
     """
 
@@ -163,6 +192,8 @@ class Site(nn.Module):
         self.firstconv: FirstConv | None = None
         self.weight_is_computed = False
         self.frozen: frozenset[FrozenPart] = frozenset()
+        self.floating: frozenset[FloatPart] = frozenset()
+        self.latest_steps: dict[str, Scalar] = {}
 
     @property
     def quantized(self) -> bool:
@@ -189,7 +220,31 @@ class Site(nn.Module):
     @property
     def learning(self) -> bool:
         """Whether the forward that runs now moves the ranges of this site."""
-        return self.training and self.switches.learning and "activations" not in self.frozen
+        if not (self.training and self.switches.learning) or "activations" in self.frozen:
+            return False
+        # What is not rounded needs a range once, for the scale that biases have.
+        return "activations" not in self.floating or not all(q.known for q in self.quantizers())
+
+    @property
+    def watching(self) -> bool:
+        """Whether this float forward moves the ranges, ahead of quantization."""
+        switches = self.switches
+        ahead = switches.watch and not switches.quantize and switches.system == "fake"
+        return ahead and self.quantized and self.learning
+
+    def watch_operands(self, operands: list[Any]) -> None:
+        """Move the ranges of operands by a float forward."""
+        for position, x in enumerate(operands):
+            if isinstance(x, Tensor) and str(position) in self.inputs:
+                quantizer: Any = self.inputs[str(position)]
+                quantizer.watch(x)
+
+    def watch_result(self, y: Tensor) -> None:
+        """Move the range of the result by a float forward."""
+        if self.output is not None:
+            limit = None if self.active_limits is None else self.active_limits.output
+            static = limit is not None and limit.kind == "static"
+            self.output.watch(y, limit.value if limit is not None and static else math.inf)
 
     @property
     def ready(self) -> bool:
@@ -213,6 +268,8 @@ class Site(nn.Module):
             and self.ready
         ):
             return switches.system
+        if self.watching:
+            return "float"
         if switches.fuse and (self.fold is not None or self.completes_fold):
             return "float"
         if switches.normalize and self.limits is not None:
@@ -302,8 +359,8 @@ class Site(nn.Module):
         elif self.training and not capturing():
             self.seen[position] = tag
         if tag is not None and tag.bits <= WIDEST_OPERAND:
-            bits = self.width_of_operand(position, tag.bits)
-            return x if tag.bits == bits else self.requantized(x, tag, bits)
+            bits = self.width_of_operand(position, tag.width)
+            return x if tag.width == bits else self.requantized(x, tag, bits)
         name = str(position)
         if name not in self.inputs:
             if torch.compiler.is_dynamo_compiling() and not self.op.needs_quantized_operand:
@@ -337,7 +394,9 @@ class Site(nn.Module):
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
         step = narrowed_step(tag, bits)
-        tag_after = dataclasses.replace(tag, step=step, bits=bits, site=self.key)
+        tag_after = dataclasses.replace(
+            tag, step=step, bits=bits, site=self.key, zero_point=None, rounded=True
+        )
         usable = readable(step, x)
         fake = x.dtype.is_floating_point and self.switches.system == "fake"
         if fake:
@@ -378,7 +437,7 @@ class Site(nn.Module):
         return noise.rounder(f"{self.key}:{name}", shared=True)
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> Granularity | int:
         """Granularity of weight scales."""
         if self.config is not None and self.config.granularity is not None:
             return self.config.granularity
@@ -403,15 +462,44 @@ class Site(nn.Module):
             name: Tells the weights of the site apart.
             step: What the weight asks for now.
         """
-        if "weights" not in self.frozen:
-            return step
-        name = _HELD + name.replace(".", ":")
-        if name not in self._buffers and not capturing():
-            self.register_buffer(name, torch.as_tensor(step, dtype=torch.float32).clone())
-        kept: Any = self._buffers.get(name)
-        if kept is None:
-            return step
-        return float(kept) if isinstance(step, float) else kept
+        if "weights" in self.frozen:
+            kept: Any = self._buffers.get(_held(name))
+            if kept is None and not capturing():
+                kept = self.hold(name, step)
+            if kept is not None:
+                step = float(kept) if isinstance(step, float) else kept
+        if not capturing():
+            self.latest_steps[name] = step
+        return step
+
+    def note(self, name: str, source: Tensor | None, values: Tensor, step: Scalar) -> None:
+        """Tell who collects parameters what one is rounded to (see :class:`RoundedParameter`)."""
+        if self.switches.rounded is not None:
+            steps = torch.as_tensor(step, dtype=torch.float32).detach()
+            self.switches.rounded.append(
+                RoundedParameter(self.key, name, source, values.detach(), steps)
+            )
+
+    def hold(self, name: str, step: Scalar) -> Tensor:
+        """Set the step that a weight has while ranges are frozen, and return it.
+
+        Args:
+            name: Tells the weights of the site apart.
+            step: 0-dim, or one per channel.
+        """
+        kept = torch.as_tensor(step, dtype=torch.float32).clone()
+        self.register_buffer(_held(name), kept)
+        return kept
+
+    def weight_step_in_use(self, name: str) -> Tensor | None:
+        """Return the step that a weight is held at, or had in the latest forward; None before.
+
+        Args:
+            name: Tells the weights of the site apart.
+        """
+        kept: Any = self._buffers.get(_held(name))
+        step = self.latest_steps.get(name) if kept is None else kept
+        return None if step is None else torch.as_tensor(step, dtype=torch.float32).detach().clone()
 
     @property
     def moves_weight_ranges(self) -> bool:
@@ -423,15 +511,31 @@ class Site(nn.Module):
         self.frozen = parts
         for quantizer in self.quantizers():
             if quantizer.learned is not None:
-                quantizer.learned.value.requires_grad_("activations" not in parts)
+                quantizer.learned.requires_grad_("activations" not in parts)
         if self.learned_weight is not None:
-            self.learned_weight.value.requires_grad_("weights" not in parts)
-        for module in self.modules():
-            if isinstance(module, GradientQuantizer):
-                module.frozen = "gradients" in parts
+            self.learned_weight.requires_grad_("weights" not in parts)
+        for node in self.gradient_quantizers():
+            node.frozen = "gradients" in parts
         if "weights" not in parts:
             self.release_steps()
         self.thaw()
+
+    def gradient_quantizers(self) -> list[GradientQuantizer]:
+        """Return what rounds the gradients of its parameters and activations."""
+        return [module for module in self.modules() if isinstance(module, GradientQuantizer)]
+
+    def leave_float(self, parts: frozenset[FloatPart]) -> None:
+        """Round everything but some parts."""
+        self.floating = parts
+        for quantizer in self.quantizers():
+            quantizer.rounds = "activations" not in parts
+        self.thaw()
+
+    @property
+    def passes_float(self) -> bool:
+        """Whether the result is that of the float function, because the op cannot part them."""
+        apart = self.op.rounds_parts_apart
+        return not apart and self.output is not None and "activations" in self.floating
 
     def release_steps(self) -> None:
         """Forget the steps that were held while ranges were frozen."""
@@ -456,8 +560,15 @@ class Site(nn.Module):
         assert rule is not None  # the planner gives both to every op that has parameters
         assert grid is not None
         if rule.statistic is None:
-            return rows.new_full((rows.shape[0],), rule.fixed or 0.0, dtype=torch.float32)
+            _, half = rule.fixed or (0.0, 0.0)
+            return rows.new_full((rows.shape[0],), half, dtype=torch.float32)
         return rule.statistic.measure(rows, None, grid)
+
+    @property
+    def statistics_bits(self) -> int | None:
+        """Width of the running statistics of a batch norm now, None for float."""
+        quantized = self.switches.quantize and self.switches.system != "float"
+        return self.config.statistics_bits if quantized and self.config is not None else None
 
     @property
     def weight_bits(self) -> int:
@@ -470,9 +581,25 @@ class Site(nn.Module):
         return self.platform is not None and self.platform.layers_only
 
     @property
+    def has_groups(self) -> bool:
+        """Whether parts of the weight along its input dimension have scales of their own."""
+        grouped = self.granularity == "input_channel" or isinstance(self.granularity, int)
+        return grouped and self.op.groups_weights
+
+    @property
+    def weight_code_bits(self) -> int:
+        """Width of the weight's integers, which have the step of the finest group."""
+        return WIDEST_OPERAND if self.has_groups else self.weight_bits
+
+    @property
     def widest_operand(self) -> int:
         """Width of the widest operand of the accumulation."""
-        return max(self.weight_bits, self.config.activation_bits if self.config else 8)
+        return max(self.weight_code_bits, self.config.activation_bits if self.config else 8)
+
+    @property
+    def fixed_point(self) -> bool:
+        """Whether scales are 32-bit multipliers and shifts, whose rounding no float repeats."""
+        return self.platform is not None and self.platform.fixed_point
 
     @property
     def platform_name(self) -> str:
@@ -491,7 +618,7 @@ class Site(nn.Module):
         low, high = quantizer.code_bounds(step)
         grid = quantizer.grid
         codes = quantize(
-            x.float(), step, grid.bits, int(low), int(high), grid.rounding, self.platform_name
+            x.float(), step, grid.code_bits, int(low), int(high), grid.rounding, self.platform_name
         )
         return with_tag(codes, quantizer.tag(step, x.dtype))
 
@@ -527,6 +654,10 @@ class Site(nn.Module):
     def extra_repr(self) -> str:
         """Show the key."""
         return self.key
+
+
+def _held(name: str) -> str:
+    return _HELD + name.replace(".", ":")
 
 
 def narrowed_step(tag: Tag, bits: int) -> Scalar:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_linger.core.fake_quantize import Scalar
+from lightning_linger.core.fake_quantize import Bound, Scalar
 
 _ATTRIBUTE = "_linger_tag"
 
@@ -15,24 +15,55 @@ WIDEST_OPERAND = 16
 
 @dataclass(frozen=True)
 class Tag:
-    """Quantization parameters of a tensor: ``real = step * (code - zero_point)``.
+    """Quantization parameters of a tensor: ``real = step * code``.
 
     Args:
         step: The scale; a float once it is frozen, a 0-dim tensor while ranges move.
-        bits: Width of the codes.
+        bits: Width of the codes that flow: one more than the engine stores on an affine grid.
         site: Key of the site whose quantizer made the tensor.
         dtype: The floating dtype that the model's own code sees.
-        zero_point: The code of real zero; 0 for the symmetric grids.
+        zero_point: What an engine adds to a code to store it, so that real zero is stored as it: a
+            number or, while ranges move, a 0-dim tensor; None on a symmetric grid.
         reach: Largest magnitude the codes are there to cover; a step that a platform made coarser
             covers more. None if unknown.
+        rounded: Whether the values are on the grid; those of a quantizer that is told to leave them
+            in float are not.
     """
 
     step: Scalar
     bits: int
     site: str
     dtype: torch.dtype = torch.float32
-    zero_point: int = 0
+    zero_point: Bound | None = None
     reach: Scalar | None = None
+    rounded: bool = True
+
+    @property
+    def affine(self) -> bool:
+        """Whether an engine stores the codes with a zero point."""
+        return self.zero_point is not None
+
+    @property
+    def width(self) -> int:
+        """Width of what an engine stores."""
+        return self.bits - int(self.affine)
+
+    @property
+    def limits(self) -> tuple[Bound, Bound]:
+        """The smallest and the largest code that an engine can store."""
+        return storable_codes(self.bits, self.zero_point)
+
+
+def storable_codes(bits: int, zero_point: Bound | None) -> tuple[Bound, Bound]:
+    """Return the smallest and the largest code that an engine can store.
+
+    Args:
+        bits: Width of the codes that flow.
+        zero_point: See :class:`Tag`.
+    """
+    if zero_point is None:
+        return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return -(1 << (bits - 2)) - zero_point, (1 << (bits - 2)) - 1 - zero_point
 
 
 def tag_of(x: object) -> Tag | None:

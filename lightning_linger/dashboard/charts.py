@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from lightning_linger.analysis.sensitivity import SensitivityRow
 from lightning_linger.dashboard.figures import CLIP_COLOUR, FLOAT_COLOUR, GRID_COLOUR, STAGE_COLOURS
 from lightning_linger.dashboard.groups import group_layers
 from lightning_linger.dashboard.records import STAGES, LayerError, RunRecord, ValueHistogram
-from lightning_linger.dashboard.sensitivity import SensitivityRow, suggest_bits
+from lightning_linger.dashboard.sensitivity import suggest_bits
 from lightning_linger.dashboard.timeline import stage_spans
 
 Chart = dict[str, Any]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from lightning_linger.simulate.metrics import DivergenceRow, OutputRow, QuantErrorRow
 
 STAGES = ("fuse_bn", "normalize", "quantize")
+# What the metrics of the integer model are shown as, beside those of the stages.
+INTEGER = "integer"
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ class RunRecord:
         switches: When which stages were on, in order.
         epochs: What the validations found, in order.
         histograms: The latest values by site.
+        integer_metrics: The user's metrics of the integer model, at the end.
     """
 
     name: str = ""
@@ -202,6 +205,7 @@ class RunRecord:
     switches: list[StageSwitch] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     histograms: dict[str, ValueHistogram] = field(default_factory=dict)
+    integer_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[EpochRecord]:
@@ -241,8 +245,9 @@ class RunRecord:
         return list(found)
 
     def metrics_by_stage(self) -> dict[str, dict[str, float]]:
-        """Return the metrics of the last epoch of each stage."""
-        return {epoch.stage: epoch.metrics for epoch in self.epochs if epoch.metrics}
+        """Return the metrics of the last epoch of each stage, and those of the integer model."""
+        by_stage = {epoch.stage: epoch.metrics for epoch in self.epochs if epoch.metrics}
+        return {**by_stage, **({INTEGER: self.integer_metrics} if self.integer_metrics else {})}
 
 
 def layer_errors(

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from lightning_linger.analysis.sensitivity import SensitivityRow
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.dashboard import charts
 from lightning_linger.dashboard.advice import advise, judge_outputs
 from lightning_linger.dashboard.records import LayerError, RunRecord
-from lightning_linger.dashboard.sensitivity import SensitivityRow, suggest_bits
+from lightning_linger.dashboard.sensitivity import suggest_bits
 
 WORST = 6
 

@@ -69,6 +69,10 @@ class RunLog:
         rows = [dataclasses.asdict(histogram) for histogram in histograms.values()]
         self._write("histograms", {"layers": rows})
 
+    def integer_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Write the user's metrics of the integer model."""
+        self._write("integer", {"metrics": dict(metrics)})
+
     def _write(self, kind: str, content: dict[str, Any]) -> None:
         line = json.dumps(_plain({"kind": kind, **content}), allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
@@ -160,11 +164,16 @@ def _read_histograms(record: RunRecord, content: dict[str, Any]) -> None:
         record.histograms[row["site"]] = ValueHistogram(**{**row, **lists})
 
 
+def _read_integer_metrics(record: RunRecord, content: dict[str, Any]) -> None:
+    record.integer_metrics = content["metrics"]
+
+
 _READERS: dict[str, Callable[[RunRecord, dict[str, Any]], None]] = {
     "run": _read_start,
     "switch": _read_switch,
     "epoch": _read_epoch,
     "histograms": _read_histograms,
+    "integer": _read_integer_metrics,
 }
 
 

@@ -31,7 +31,7 @@ from lightning_linger.core.errors import (
     UnsupportedError,
 )
 from lightning_linger.core.instrumentation import Event, Instrumentation
-from lightning_linger.core.locations import caller_location
+from lightning_linger.core.locations import caller_location, raised_at
 from lightning_linger.export.inputs import Inputs, path_name, unique_names
 from lightning_linger.export.schemas import TENSOR_TYPES
 
@@ -85,13 +85,14 @@ def capture(
         opset_version: Of the standard ONNX domain.
 
     Raises:
+        FailingForwardError: If the model does not run on the tensors.
         UnsupportedError: If the forward cannot be recorded, or a site is missing in the record.
     """
     forward = _Forward(model, inputs)
     # A part that is compiled would hide its calls.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         example = _Watch(_Branches())
-        with example.watching(instrumentation):
+        with example.watching(instrumentation), _located(inputs, tensors):
             forward.run(tensors)
         recording = _Watch(example.branches.replay())
         forward.watch = recording
@@ -429,6 +430,40 @@ def _own_site(node: Any, labels: _Labels) -> str | None:
         return None
     platform = bind(node.target, node.args, node.kwargs).get("platform", "")
     return labels.sites.get(label_of(platform)[1])
+
+
+class FailingForwardError(UnsupportedError):
+    """The model does not run on inputs of these sizes.
+
+    Args:
+        shapes: Of the inputs, by name.
+        location: The line of the model.
+        reason: What torch says.
+    """
+
+    def __init__(self, shapes: str, location: str, reason: str) -> None:
+        super().__init__(
+            f"the forward fails on {shapes}, at {location}: {reason} Where a size of other inputs "
+            "is written into the model, as in `view(32, -1)`, write `x.shape[0]` or -1 in its "
+            "place."
+        )
+        self.shapes = shapes
+        self.location = location
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _located(inputs: Inputs, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Name the line of the model that an error of torch comes from, and the sizes of the inputs."""
+    try:
+        yield
+    except LingerError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        pairs = zip(inputs.names, tensors, strict=True)
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in pairs)
+        reason = str(error).strip().partition("\n")[0].rstrip(".") + "."
+        raise FailingForwardError(shapes, raised_at(error), reason) from error
 
 
 @contextlib.contextmanager

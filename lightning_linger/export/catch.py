@@ -150,8 +150,9 @@ def _weight_reach(rows: Tensor, key: str, layer: Mapping[str, Any]) -> Tensor:
     if rule.learned is not None:
         msg = f"`{key}`: its weight has a learned range, which CATCH has not."
         raise UnsupportedError(msg)
-    if rule.statistic is None:
-        return rows.new_full((len(rows),), rule.fixed or 0.0)
+    if rule.fixed is not None:
+        return rows.new_full((len(rows),), max(map(abs, rule.fixed)))
+    assert rule.statistic is not None  # what is neither learned nor fixed is measured
     return rule.statistic.measure(rows, None, Grid(layer["weight_bits"], "free"))
 
 
@@ -164,12 +165,8 @@ def scale_of(absmax: Tensor, bits: int) -> Tensor:
 
 
 def reach_of(scale: float, bits: int) -> float:
-    """Return the float32 ``absmax`` whose :func:`scale_of` is nearest to a scale."""
-    first = torch.tensor(float(Grid(bits).qmax)) / torch.tensor(scale)
-    infinity = torch.tensor(float("inf"))
-    near = torch.stack([first, torch.nextafter(first, infinity), torch.nextafter(first, -infinity)])
-    distances = (scale_of(near, bits).double() - scale).abs()
-    return float(near[distances.argmin()])
+    """Return the float32 ``absmax`` of a scale; that of a float32 ``absmax`` is kept exactly."""
+    return float(torch.tensor(float(Grid(bits).qmax)) / torch.tensor(scale))
 
 
 def encode_position(scale: float, bits: int) -> int:
@@ -233,6 +230,8 @@ def _refuse_unknown(
         reason = f"CATCH quantizes {', '.join(_KINDS)}"
     elif _join(path, "weight") not in state:
         reason = "its weight is not the parameter `weight` of a module"
+    elif layer["granularity"] not in ("tensor", "channel"):
+        reason = f"its weight has scales per {layer['granularity']}"
     elif layer["folded"]:
         reason = "a batch norm is folded into it, which CATCH leaves behind it; do not fold"
     elif layer["weight_bits"] != layer["activation_bits"] or layer["weight_bits"] not in (8, 16):

@@ -18,6 +18,7 @@ from onnxscript import ir
 from torch import Tensor
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError, near_matches
+from lightning_linger.export.capture import FailingForwardError
 
 # By name of an input: what its axes are called. An axis has one size wherever it stands.
 DynamicAxes = Mapping[str, Mapping[int, str]]
@@ -88,10 +89,36 @@ def open_axes(build: Callable[[Mapping[str, int]], ir.Model], sizes: Mapping[str
         UnsupportedError: If something but open sizes depends on an axis; names the node.
     """
     base = {axis: max(size, _SMALLEST) for axis, size in sizes.items()}
-    model = build(base)
-    others = {axis: build({**base, axis: 2 * size}) for axis, size in base.items()}
+    model = _built(build, base, sizes)
+    others = {
+        axis: _built(build, {**base, axis: 2 * size}, {**base, axis: sizes[axis]})
+        for axis, size in base.items()
+    }
     _Opening(model.graph, {axis: other.graph for axis, other in others.items()}, base).run()
     return model
+
+
+def _built(
+    build: Callable[[Mapping[str, int]], ir.Model],
+    sizes: Mapping[str, int],
+    example: Mapping[str, int],
+) -> ir.Model:
+    """Build, and say which axes are others than in the example where the model fails."""
+    try:
+        return build(sizes)
+    except FailingForwardError as error:
+        other = {axis: size for axis, size in sizes.items() if size != example[axis]}
+        if not other:
+            raise
+        axis = next(iter(other))
+        held = ", ".join(f"{name}={size}" for name, size in other.items())
+        msg = (
+            f"the axis {axis!r} cannot stay open: with {held}, for {error.shapes}, the forward "
+            f"fails at {error.location}: {error.reason} A size of the example, "
+            f"{example[axis]}, is written into the model there. Write `x.shape[...]` or -1 in its "
+            "place, or leave the axis out of `dynamic_axes` and export one file per size."
+        )
+        raise UnsupportedError(msg) from error
 
 
 @dataclass(frozen=True)

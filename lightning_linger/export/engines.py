@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.export.dialects import dialect_of
 from lightning_linger.export.runner import OnnxIntegerRunner
+from lightning_linger.export.runner.sizes import Resized
 
 Array = NDArray[Any]
 Engine = Callable[[Sequence[Array]], list[Array]]
@@ -55,7 +56,18 @@ def _onnxruntime(path: str | os.PathLike[str]) -> Engine:
     names = [value.name for value in session.get_inputs()]
 
     def run(arrays: Sequence[Array]) -> list[Array]:
+        for value, array in zip(session.get_inputs(), arrays, strict=True):
+            _check_sizes(value.name, value.shape, array)
         found = session.run(None, dict(zip(names, arrays, strict=True)))
         return [np.asarray(array) for array in found]
 
     return run
+
+
+def _check_sizes(name: str, wanted: Sequence[Any], array: Array) -> None:
+    """Refuse other sizes than a file names, in the words of the export that wrote them."""
+    sizes = [size if isinstance(size, int) else None for size in wanted]
+    resized = Resized.of({name: sizes}, {name: array})
+    if resized.sizes:
+        why = "All that follows from it is baked in."
+        raise resized.refusal(why)

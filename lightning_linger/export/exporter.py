@@ -15,8 +15,9 @@ from onnxscript import ir
 from torch import nn
 
 from lightning_linger.__about__ import __version__
-from lightning_linger.core.errors import ConfigError, NotReadyError
+from lightning_linger.core.errors import ConfigError, NotReadyError, UnsupportedError
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.logs import logger
 from lightning_linger.core.sites import Site
 from lightning_linger.export.capture import capture
 from lightning_linger.export.dialect import Dialect
@@ -127,11 +128,26 @@ def export_onnx(
 
     with _in_evaluation(model, instrumentation):
         _require_ready(instrumentation, sites)
+        _refuse_without_dialect(sites)
         chosen.check(sites)
         exported = open_axes(build, sizes) if sizes else build({})
     _remove_unused(exported.graph)
     write_model(exported, target, external_data)
+    logger.info("wrote %s in dialect %s", target, dialect)
     return target
+
+
+def _refuse_without_dialect(sites: Sequence[Site]) -> None:
+    """Refuse targets that no ONNX file is made for."""
+    for site in sites:
+        if site.platform is not None and not site.platform.dialect:
+            msg = (
+                f"`{site.key}` is quantized for platform {site.platform_name!r}: no ONNX operator "
+                "rounds as its kernels do, so that a file would compute something else. Give "
+                "TFLite's converter the scales and zero points of `linger.summary`, or quantize "
+                "for 'onnxruntime' and export with dialect='qdq'."
+            )
+            raise UnsupportedError(msg)
 
 
 def _chosen_names(what: str, chosen: Sequence[str] | None, own: list[str]) -> list[str]:

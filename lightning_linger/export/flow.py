@@ -12,7 +12,7 @@ import onnx
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.export.generations import ALIASES, ATTRIBUTE_ALIASES
 from lightning_linger.export.lowering import MOVEMENTS
-from lightning_linger.export.reading import Array, attributes_of, label_of
+from lightning_linger.export.reading import attributes_of, label_of
 from lightning_linger.export.runner.step import check_types
 
 _PAYLOADS = {8: onnx.TensorProto.INT8, 16: onnx.TensorProto.INT16, 32: onnx.TensorProto.INT32}
@@ -140,14 +140,14 @@ def engine_of(node: onnx.NodeProto) -> Engine | None:
 
 
 def keeps_codes(
-    node: onnx.NodeProto, states: Sequence[State], constants: Mapping[str, Array]
+    node: onnx.NodeProto, states: Sequence[State], constants: Mapping[str, np.dtype[Any]]
 ) -> bool:
     """Whether a standard node gives codes of the scale of its first operand, if that is codes.
 
     Args:
         node: The node.
         states: Of its inputs.
-        constants: The initializers, by name.
+        constants: The element types of the initializers, by name.
     """
     if not states or states[0] is None:
         return False
@@ -157,7 +157,7 @@ def keeps_codes(
     if node.op_type == "Clip":  # real edges mean real values
         given = not any(attribute.name in ("min", "max") for attribute in node.attribute)
         return given and all(_is_whole(edge) for edge in others)
-    if node.op_type == "Pad":
+    if node.op_type in ("Pad", "iqPad"):
         return len(node.input) < 3 or not node.input[2] or _is_whole(constants.get(node.input[2]))
     return node.op_type in _KEEPING
 
@@ -170,5 +170,5 @@ def state_of_input(value: onnx.ValueInfoProto) -> State:
     return Codes(8 if kind == onnx.TensorProto.INT8 else 16, None)
 
 
-def _is_whole(array: Array | None) -> bool:
-    return array is not None and bool(np.issubdtype(array.dtype, np.integer))
+def _is_whole(dtype: np.dtype[Any] | None) -> bool:
+    return dtype is not None and bool(np.issubdtype(dtype, np.integer))

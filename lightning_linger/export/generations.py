@@ -84,6 +84,14 @@ LINGER1: dict[str, Spelling] = {
     ),
 }
 
+# Ops of the older generation that are read and not written (docs/export.md says why).
+ONLY_READ = ("iqSum", "iqVar", "iqMax", "iqClamp", "iqPad", "GRUInt")
+# Older releases tell recurrent layers apart by the types of their operands.
+TYPED_NAMES = (
+    *("LSTMInt_Is8_Is64", "LSTMInt_Is8_Is64_If32_If32"),
+    *("GRUInt_Is8_Is64", "GRUInt_Is8_Is64_If32"),
+)
+
 # Further names that the packer reads.
 ALIASES: dict[str, str] = {
     **{spelling.op_type: op_type for op_type, spelling in LINGER1.items()},
@@ -93,6 +101,8 @@ ALIASES: dict[str, str] = {
     "AvgPool1dInt": "QAvgPool1d",
     "GluInt": "QGLU",
     "QLayerNorm": "QLayerNorm2d",
+    **dict.fromkeys(TYPED_NAMES[:2], "QLSTM"),
+    **dict.fromkeys(("GRUInt", *TYPED_NAMES[2:]), "QGRU"),
 }
 ATTRIBUTE_ALIASES: dict[str, str] = {
     "data_bits": "x_bits",
@@ -100,4 +110,5 @@ ATTRIBUTE_ALIASES: dict[str, str] = {
     "stride": "strides",
     "scale_i": "scale_x",
     "dim": "axis",
+    "keepdim": "keepdims",
 }

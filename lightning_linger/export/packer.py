@@ -15,9 +15,7 @@ import onnx
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.export.files import check_target, write_atomically
-
-# What the packer takes a graph for whose nodes name no platform.
-_DEFAULT_PLATFORM = "venus"
+from lightning_linger.export.reading import platform_of, read_model
 
 # Ops of which the engine computes the first image of a batch only.
 _ONE_IMAGE = re.compile(r"Q?(Conv|AvgPool|MaxPool)")
@@ -71,14 +69,15 @@ def pack(
         The image and what the packer said about it.
 
     Raises:
-        ConfigError: If the command or a path is wrong, or the file is no ONNX.
-        UnsupportedError: If the packer refuses the model or does not finish, or the model holds a
-            batch, of which the engine computes the first image only.
+        ConfigError: If the command or a path is wrong, or the file holds no ONNX model, or a
+            damaged one.
+        UnsupportedError: If the packer refuses the model or does not finish, its nodes name several
+            platforms, or it holds a batch, of which the engine computes the first image only.
     """
     source, target, command = _source(model), check_target(image), _command(packer)
-    graph = _graph_of(source)
+    graph = read_model(source, weights=False).graph
     _refuse_batches(graph, source)
-    platform = _platform_of(graph)
+    platform = platform_of(graph)  # which the packer has to be told
     with tempfile.TemporaryDirectory(prefix="packer-") as scratch:
         made = Path(scratch) / "model.pkg"
         arguments = ["-g", str(source), "-o", str(made), "-p", platform.lower()]
@@ -116,20 +115,6 @@ def _command(packer: str | os.PathLike[str]) -> str:
 
 
 # --- what a model needs -----------------------------------------------------------------------
-
-
-def _graph_of(source: Path) -> onnx.GraphProto:
-    try:
-        return onnx.load(source, load_external_data=False).graph
-    except Exception as error:
-        msg = f"cannot pack {str(source)!r}: it is no ONNX file. {error}"
-        raise ConfigError(msg) from error
-
-
-def _platform_of(graph: onnx.GraphProto) -> str:
-    """Return the platform that the nodes name, which the packer has to be told."""
-    named = (a.s.decode() for node in graph.node for a in node.attribute if a.name == "platform")
-    return next(named, _DEFAULT_PLATFORM)
 
 
 def _needed_options(graph: onnx.GraphProto, platform: str) -> Iterator[str]:

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto
+from onnx.external_data_helper import uses_external_data
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.export.generations import FIRST_PLATFORM, PLATFORM
@@ -18,17 +20,18 @@ Array = NDArray[Any]
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto
 
 
-def read_model(source: Source) -> onnx.ModelProto:
+def read_model(source: Source, *, weights: bool = True) -> onnx.ModelProto:
     """Return a model whose graph can be followed from its inputs to its outputs.
 
     Args:
         source: Path of a file, its bytes, or a loaded model, which is not changed.
+        weights: Whether to load what a file keeps in files beside it.
 
     Raises:
         ConfigError: If there is no such file, or it holds no ONNX model, or one whose values are
             not made in any order: a cycle, a value that nothing makes, or one that is made twice.
     """
-    model = source if isinstance(source, onnx.ModelProto) else _parse(source)
+    model = source if isinstance(source, onnx.ModelProto) else _parse(source, weights)
     if not model.graph.output:
         msg = f"{_shown(source)} holds no ONNX graph with outputs."
         raise ConfigError(msg)
@@ -51,14 +54,33 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, Array]:
     Raises:
         ConfigError: If one does not hold what its shape says.
     """
-    return {tensor.name: _array_of(tensor) for tensor in graph.initializer}
+    return {tensor.name: array_of(tensor) for tensor in graph.initializer}
 
 
-def _array_of(tensor: onnx.TensorProto) -> Array:
+def constant_types(graph: onnx.GraphProto) -> dict[str, np.dtype[Any]]:
+    """Return the element types of the initializers by name, wherever their numbers are.
+
+    Raises:
+        ConfigError: If one in the graph itself does not hold what its shape says.
+    """
+    return {
+        tensor.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        if uses_external_data(tensor)
+        else array_of(tensor).dtype
+        for tensor in graph.initializer
+    }
+
+
+def array_of(tensor: onnx.TensorProto) -> Array:
+    """Return the numbers of a tensor.
+
+    Raises:
+        ConfigError: If it does not hold what its shape says.
+    """
     try:
         return onnx.numpy_helper.to_array(tensor)
     except Exception as error:
-        msg = f"the initializer {tensor.name!r} cannot be read: {error}"
+        msg = f"the tensor {tensor.name!r} cannot be read: {error}"
         raise ConfigError(msg) from error
 
 
@@ -100,11 +122,11 @@ def label_of(node: onnx.NodeProto) -> str:
     return f"node {node.name!r} ({node.op_type})"
 
 
-def _parse(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
+def _parse(source: str | os.PathLike[str] | bytes, weights: bool) -> onnx.ModelProto:
     try:
         if isinstance(source, bytes):
             return onnx.load_from_string(source)
-        return onnx.load(os.fspath(source))
+        return onnx.load(os.fspath(source), load_external_data=weights)
     except Exception as error:
         msg = f"cannot read an ONNX model from {_shown(source)}: {error}"
         raise ConfigError(msg) from error

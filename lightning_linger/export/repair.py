@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 
 from lightning_linger.core.errors import UnsupportedError
-from lightning_linger.export.files import check_target, write_atomically
+from lightning_linger.export.external import without_external_tensors
+from lightning_linger.export.files import check_target
 from lightning_linger.export.flow import (
     ABOUT_CODES,
     DEQUANT,
@@ -27,12 +28,13 @@ from lightning_linger.export.flow import (
 from lightning_linger.export.generations import CHIP_ATTRIBUTES, LINGER3_DOMAIN, ROUNDING
 from lightning_linger.export.reading import (
     Source,
-    constants_of,
+    constant_types,
     input_names,
     label_of,
     platform_of,
     read_model,
 )
+from lightning_linger.export.written import write_proto
 
 _NESTED = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -69,7 +71,35 @@ def repair(source: Source) -> Repaired:
         UnsupportedError: If it holds no op of the dialect, an attribute is wrong, or codes are read
             as real values and nothing says their scale; names the node.
     """
-    model = read_model(source)
+    return _repaired(read_model(source))
+
+
+def repair_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Repaired:
+    """Repair a file and write the result, whole or not at all.
+
+    Weights that the file keeps in files beside it are copied into one beside the target, and stay
+    out of both graphs.
+
+    Args:
+        source: The file to read.
+        target: The file to write; its folder has to exist.
+
+    Returns:
+        What was written; its external tensors lie beside the target.
+
+    Raises:
+        ConfigError: As :func:`repair`, and if the target cannot be written.
+        UnsupportedError: As :func:`repair`.
+    """
+    path: Path = check_target(target)
+    repaired = _repaired(read_model(source, weights=False))
+    model = onnx.ModelProto()
+    model.CopyFrom(repaired.model)
+    write_proto(model, Path(source).parent, path)
+    return Repaired(model, repaired.changes)
+
+
+def _repaired(model: onnx.ModelProto) -> Repaired:
     platform_of(model.graph)
     repairing = _Repair(model)
     repairing.run()
@@ -83,23 +113,6 @@ def repair(source: Source) -> Repaired:
     return Repaired(result, repairing.changes)
 
 
-def repair_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Repaired:
-    """Repair a file and write the result, whole or not at all.
-
-    Args:
-        source: The file to read.
-        target: The file to write; its folder has to exist.
-
-    Raises:
-        ConfigError: As :func:`repair`, and if the target cannot be written.
-        UnsupportedError: As :func:`repair`.
-    """
-    path: Path = check_target(target)
-    repaired = repair(source)
-    write_atomically(path, repaired.model.SerializeToString())
-    return repaired
-
-
 class _Repair:
     """One repair: the nodes are gone through once, in their order.
 
@@ -111,7 +124,7 @@ class _Repair:
         self.model = model
         self.graph = graph = model.graph
         self.changes: list[str] = []
-        self.constants = constants_of(graph)
+        self.constants = constant_types(graph)
         self.engines = {node.output[0]: engine_of(node) for node in graph.node if node.output}
         self.like = self._example()
         # What follows from constants alone has no state.
@@ -446,7 +459,7 @@ _REAL = (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT)
 
 def _is_valid(model: onnx.ModelProto) -> bool:
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(without_external_tensors(model), full_check=True)
     except Exception:  # whatever the checker does not like
         return False
     return True

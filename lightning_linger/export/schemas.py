@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,11 @@ def register_schemas(schemas: Sequence[OpSchema]) -> None:
     for schema in schemas:
         if not onnx.defs.has(schema.name, schema.domain):
             onnx.defs.register_schema(schema)
+            # Up to onnx 1.22, what Python's inference functions leave behind in the C++ library
+            # crashes the process when it ends.
+            atexit.register(
+                onnx.defs.deregister_schema, schema.name, schema.since_version, schema.domain
+            )
 
 
 def _shape_of(proto: onnx.TypeProto) -> Shape:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
 from onnxscript import ir
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
+from lightning_linger.export.external import external_tensors, gather_data, name_data
 from lightning_linger.export.files import write_atomically
 
 # A protobuf message may have 2 GB; the graph takes its part.
@@ -49,9 +52,34 @@ def write_model(model: ir.Model, target: Path, external_data: bool | None) -> No
         _check(proto)
         write_atomically(target, proto.SerializeToString())
         written = []
-    for path in earlier:
-        if path not in written:
-            path.unlink(missing_ok=True)
+    _remove(earlier, written)
+
+
+def write_proto(model: onnx.ModelProto, folder: Path, target: Path) -> None:
+    """Write a model as it is, whole or not at all, and a copy of what it keeps in other files.
+
+    The copy is one file, called after what it holds (see :func:`write_model`).
+
+    Args:
+        model: The model; its tensors are changed to lie in the copy.
+        folder: Where its files lie now.
+        target: The file of the graph.
+
+    Raises:
+        ConfigError: If the data of a tensor cannot be read, or the file system refuses.
+    """
+    earlier, written = data_files(target), []
+    if next(external_tensors(model), None) is not None:
+        with _staging(target) as staging:
+            copy, graph = staging / "data", staging / target.name
+            data = _data_file(target, gather_data(model, folder, copy))
+            name_data(model, data.name)
+            graph.write_bytes(model.SerializeToString())
+            _place([(copy, data), (graph, target)])
+            written.append(data)
+    else:
+        write_atomically(target, model.SerializeToString())
+    _remove(earlier, written)
 
 
 def data_files(target: Path) -> list[Path]:
@@ -64,26 +92,46 @@ def _write_two(model: ir.Model, target: Path) -> Path:
     digest = hashlib.sha256()
     for tensor in _tensors(model):
         digest.update(tensor.tobytes())
-    data = target.with_name(f"{target.name}.{digest.hexdigest()[:16]}.data")
+    data = _data_file(target, digest.hexdigest())
+    with _staging(target) as staging:
+        graph = staging / target.name
+        ir.save(model, graph, external_data=data.name, size_threshold_bytes=_SMALLEST_EXTERNAL)
+        _check(str(graph))
+        _place([(staging / data.name, data), (graph, target)])
+    return data
+
+
+def _data_file(target: Path, digest: str) -> Path:
+    return target.with_name(f"{target.name}.{digest[:16]}.data")
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """Give a folder in which to prepare files for the target's."""
     folder = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         folder.mkdir()
-        graph = folder / target.name
-        ir.save(model, graph, external_data=data.name, size_threshold_bytes=_SMALLEST_EXTERNAL)
-        _check(str(graph))
-        moves = [(folder / data.name, data), (graph, target)]
-        for source, _ in moves:
-            if source.exists():
-                _flush(source)
-        for source, place in moves:
-            if source.exists():
-                os.replace(source, place)
+        yield folder
     except OSError as error:
         msg = f"cannot write {str(target)!r}: {error}."
         raise ConfigError(msg) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return data
+
+
+def _place(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Move files that are complete, one after the other."""
+    there = [(source, place) for source, place in moves if source.exists()]
+    for source, _ in there:
+        _flush(source)
+    for source, place in there:
+        os.replace(source, place)
+
+
+def _remove(earlier: Sequence[Path], written: Sequence[Path]) -> None:
+    for path in earlier:
+        if path not in written:
+            path.unlink(missing_ok=True)
 
 
 def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:

@@ -13,7 +13,7 @@ from lightning_linger.nn.checkpoints import (
     torch_to_lstmp,
     ublstmp_to_fast,
 )
-from lightning_linger.nn.fake_quantize import FakeQuantize
+from lightning_linger.nn.fake_quantize import FakeQuantize, fake_quantize_defaults
 from lightning_linger.nn.lstmp import LSTMP
 from lightning_linger.nn.ublstmp import UBLSTMP
 
@@ -24,6 +24,7 @@ __all__ = [
     "FakeQuantize",
     "asr_to_lstmp",
     "convert",
+    "fake_quantize_defaults",
     "fast_to_ublstmp",
     "find_layers",
     "join_bidirectional",

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.graph import TensorSpec
-from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
+from lightning_linger.core.integer import integer_op, payload_dtype
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
+from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.selection import at_common_step, integer_maximum
 
@@ -79,7 +80,7 @@ class ClampOp(Op):
         tag = tag_of(x)
         if x is None or tag is None:
             return NotImplemented
-        low, high = (_on_grid(edge, tag.step, tag.bits) for edge in (call.low, call.high))
+        low, high = (_on_grid(edge, tag) for edge in (call.low, call.high))
         return with_tag(_clamp(x, low, high), tag)
 
     def run_integer(self, site: Site, call: ClampCall) -> Any:
@@ -98,8 +99,7 @@ class ClampOp(Op):
         tag = tag_of(x)
         if x is None or tag is None:
             return NotImplemented
-        step = float(tag.step)
-        low, high = (_edge_code(edge, step, tag.bits) for edge in (call.low, call.high))
+        low, high = (edge_code(edge, tag) for edge in (call.low, call.high))
         codes = integer_codes(x)
         assert codes.dtype == payload_dtype(tag.bits)
         return with_tag(integer_clamp(codes, low, high, tag.bits, site.platform_name), tag)
@@ -128,21 +128,25 @@ def _between(
     return with_tag(x if high is None else smaller(x, high), tag)
 
 
-def _edge_code(edge: float, step: float, bits: int) -> int:
-    low, high = code_limits(bits)
+def edge_code(edge: float, tag: Tag) -> int:
+    """Return the code of a clamp's edge, which may be infinite."""
+    low, high = (int(code) for code in tag.limits)
     if math.isinf(edge):
         return low if edge < 0 else high
-    return max(low, min(high, math.floor(edge / step + 0.5)))
+    place = edge / float(tag.step)
+    code = round_value(place, "half_away") if tag.affine else math.floor(place + 0.5)
+    return max(low, min(high, code))
 
 
-def _on_grid(edge: float, step: Any, bits: int) -> Any:
+def _on_grid(edge: float, tag: Tag) -> Any:
+    step = tag.step
     if math.isinf(edge):
         return None
     if edge == 0.0:
         return 0.0
     if isinstance(step, Tensor) and not can_read(step):
         return torch.floor(edge / step + 0.5) * step
-    return _edge_code(edge, float(step), bits) * float(step)
+    return edge_code(edge, tag) * float(step)
 
 
 def _clamp(x: Tensor, low: Any, high: Any) -> Tensor:

@@ -24,12 +24,25 @@ from lightning_linger.core.integer import (
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import Tag, tag_of, with_tag
-from lightning_linger.ops.pairs import PairCall, PairOp, device_type, real_dtype, stored_zero
+from lightning_linger.ops import tflite
+from lightning_linger.ops.conv import is_wide
+from lightning_linger.ops.pairs import (
+    PairCall,
+    PairOp,
+    affine_constant,
+    device_type,
+    real_dtype,
+    stored_zero,
+)
+
+# Further bits of operands at their common scale in fixed point: of 8-bit and of 16-bit codes.
+LEFT_SHIFT, WIDE_LEFT_SHIFT = 20, 15
 
 
 @integer_op("linger::add")
@@ -62,9 +75,20 @@ def integer_add(
         rounding: Rounding rule.
         platform: Name of the target.
         round_operands: Round and saturate each operand at the output scale, then add with
-            saturation (LUNA); otherwise round the sum once, in float32 (onnxruntime).
+            saturation (LUNA); otherwise round the sum once, in float32 (onnxruntime). Where the
+            target works in fixed point, TFLite's kernel runs.
     """
-    if round_operands:
+    engine = fixed_point_of(platform)
+    if engine is not None:
+        codes = tflite.centred_sum(
+            x,
+            y,
+            sign,
+            (scale_x, scale_y, scale_o),
+            WIDE_LEFT_SHIFT if is_wide(bits_o) else LEFT_SHIFT,
+            engine.multiplier_rounding,
+        ).clamp_(low, high)
+    elif round_operands:
         a = _brought_to(x, scale_x, scale_o, bits_o, rounding)
         b = _brought_to(y, scale_y, scale_o, bits_o, rounding)
         total = a + b if sign > 0 else a - b
@@ -229,22 +253,8 @@ class AddOp(PairOp):
             return NotImplemented
         x, y = pair
         step = float(output.step(self._finest(site, x, y)))
-        low, high = output.code_bounds(step)
         x, y = (_with_constant(v, step, output) for v in (x, y))
-        codes = integer_add(
-            integer_codes(x),
-            integer_codes(y),
-            self.sign,
-            float(step_of(x)),
-            float(step_of(y)),
-            step,
-            output.grid.bits,
-            int(low),
-            int(high),
-            output.grid.rounding,
-            site.platform_name,
-            site.platform is not None and site.platform.add == "round_operands",
-        )
+        codes = self._kernel(site, output, x, y, step)
         return with_tag(codes, output.tag(step, real_dtype(x, y)))
 
     def _finest(self, site: Site, x: Any, y: Any) -> Scalar | None:
@@ -266,6 +276,9 @@ class AddOp(PairOp):
             return output.round(total, step, dtype)
         # The integer kernel's own order of float32 operations, so that evaluation agrees with it.
         x, y = (_with_constant(v, float(step), output) for v in (x, y))
+        if fixed_point_of(site.platform_name) is not None:
+            codes = self._kernel(site, output, x, y, float(step)).float()
+            return self._finished(output, codes, total, float(step), dtype)
         tags = (tag_of(x), tag_of(y))
         widths = (*(tag.bits for tag in tags if tag is not None), output.grid.bits)
         codes = round_sum(
@@ -279,15 +292,43 @@ class AddOp(PairOp):
             stored_zero(site.platform_name, *(payload_dtype(bits) for bits in widths)),
         )
         low, high = (int(edge) for edge in output.code_bounds(float(step)))
-        values = codes.clamp_(low, high).mul_(float(step)).to(dtype)
-        values = output.with_gradient(values, total.to(dtype), float(step))
+        return self._finished(output, codes.clamp_(low, high), total, float(step), dtype)
+
+    def _finished(
+        self, output: Quantizer, codes: Tensor, total: Tensor, step: float, dtype: torch.dtype
+    ) -> Tensor:
+        output.latest_step = step
+        values = codes.mul_(step).to(dtype)
+        values = output.with_gradient(values, total.to(dtype), step)
         return with_tag(values, output.tag(step, dtype))
+
+    def _kernel(self, site: Site, output: Quantizer, x: Tensor, y: Tensor, step: float) -> Tensor:
+        """Call ``linger::add`` on tagged tensors."""
+        low, high = output.code_bounds(step)
+        return integer_add(
+            integer_codes(x),
+            integer_codes(y),
+            self.sign,
+            float(step_of(x)),
+            float(step_of(y)),
+            step,
+            output.grid.code_bits,
+            int(low),
+            int(high),
+            output.grid.rounding,
+            site.platform_name,
+            site.platform is not None and site.platform.add == "round_operands",
+        )
 
 
 def _with_constant(value: Any, step: float, output: Quantizer) -> Tensor:
     """Return a number as a tagged 0-dim tensor at the output step, tensors as they are."""
     if isinstance(value, Tensor):
         return value
+    if output.grid.affine:
+        constant = affine_constant(float(value), output.grid)
+        tensor = torch.tensor(constant.code, dtype=payload_dtype(constant.bits))
+        return with_tag(tensor, Tag(constant.step, constant.bits, output.name))
     codes = _constant_code(value, step, output)
     tensor = torch.tensor(codes, dtype=payload_dtype(output.grid.bits))
     return with_tag(tensor, Tag(step, output.grid.bits, output.name))

@@ -24,6 +24,7 @@ from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.pairs import multiplies
+from lightning_linger.ops.selection import at_common_step
 
 
 class CatCall(NamedTuple):
@@ -108,6 +109,9 @@ class JoinOp(Op):
         parts = self._parts(site, call)
         if parts is None:
             return NotImplemented
+        if _has_zero_point(parts):
+            moved, common = at_common_step(site, parts)
+            return with_tag(torch.cat(*self._arrange(moved, call.dim)), common)
         step = _coarsest([step_of(x) for x in parts])
         tag = tag_of(parts[0])
         assert tag is not None
@@ -125,6 +129,9 @@ class JoinOp(Op):
         parts = self._parts(site, call)
         if parts is None:
             return NotImplemented
+        if _has_zero_point(parts):
+            moved, common = at_common_step(site, parts)
+            parts = [with_tag(x, common) for x in moved]
         steps = [float(step_of(x)) for x in parts]
         tag = tag_of(parts[0])
         assert tag is not None
@@ -145,6 +152,10 @@ class JoinOp(Op):
         parts = [site.operand(position, x) for position, x in enumerate(call.tensors)]
         found = [x for x in parts if x is not None]
         return found if len(found) == len(parts) else None
+
+
+def _has_zero_point(parts: list[Tensor]) -> bool:
+    return any(tag is not None and tag.affine for tag in map(tag_of, parts))
 
 
 def _farthest(parts: list[Tensor]) -> Scalar | None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import (
     integer_op,
     is_power_of_two,
     multiplier,
     payload_dtype,
     rescale,
+    rescale_fixed_point,
 )
-from lightning_linger.core.platform import arithmetic_of
+from lightning_linger.core.platform import arithmetic_of, fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
@@ -124,8 +127,35 @@ def integer_conv(
     bias = None if bias is None else bias.to(dtype)
     acc = convolve(x.to(dtype), weight.to(dtype), bias, *geometry)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, len(stride)
+        acc,
+        scale_x,
+        scale_w,
+        scale_o,
+        bits_o,
+        low,
+        high,
+        rounding,
+        platform,
+        len(stride),
+        is_wide(bits_x),
     )
+
+
+def is_wide(bits_x: int) -> bool:
+    """Whether codes have more bits than 8-bit ones without their zero point."""
+    return bits_x > AFFINE_CODE_BITS
+
+
+def in_one_product(
+    scale_x: float, scale_w: Sequence[float], scale_o: float, platform: str
+) -> tuple[float, Sequence[float]]:
+    """Return the steps of operands as TFLite's matrix products take them.
+
+    With one step per tensor they multiply in float32, where convolutions multiply in float64.
+    """
+    if len(scale_w) != 1 or scale_o == 0.0 or fixed_point_of(platform) is None:
+        return scale_x, scale_w
+    return float(np.float32(scale_x) * np.float32(scale_w[0])), [1.0]
 
 
 def exact_shift(
@@ -179,10 +209,19 @@ def finish_accumulator(
     rounding: str,
     platform: str,
     trailing: int,
+    wide: bool = False,
 ) -> Tensor:
-    """Bring an accumulator to the output scale, channels standing before ``trailing`` dims."""
+    """Bring an accumulator to the output scale, channels standing before ``trailing`` dims.
+
+    ``wide`` says that operands have 16 bits, which matters in fixed point.
+    """
     if scale_o == 0.0:
         return acc.float() * _ratio(scale_x, scale_w, 1.0, trailing, acc)
+    engine = fixed_point_of(platform)
+    if engine is not None and bits_o <= 16:
+        ratios = [scale_x * scale / scale_o for scale in scale_w]
+        codes = rescale_fixed_point(acc, ratios, engine, trailing, wide)
+        return codes.clamp_(low, high).to(payload_dtype(bits_o))
     ratio = _ratio(scale_x, scale_w, scale_o, trailing, acc)
     arithmetic = arithmetic_of(platform)
     if arithmetic is not None and arithmetic.rescale == "multiply" and bits_o <= 16:
@@ -252,6 +291,8 @@ class ConvOp(WeightedOp):
         super().__init__(kind)
         self.dims = dims
         self.transposed = transposed
+        self.groups_weights = not transposed
+        self.channel_dim = -1 - dims
 
     def bind(self, *args: Any, **kwargs: Any) -> ConvCall:
         """Bind the arguments of ``F.conv*d`` or ``F.conv_transpose*d``."""
@@ -370,7 +411,7 @@ class ConvOp(WeightedOp):
             prepared.steps,
             result.scale,
             prepared.bits_x,
-            site.weight_bits,
+            site.weight_code_bits,
             result.bits,
             result.low,
             result.high,

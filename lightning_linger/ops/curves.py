@@ -33,12 +33,12 @@ from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of
-from lightning_linger.ops import luna
+from lightning_linger.ops import luna, tflite_curves
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.mul import integer_mul
 from lightning_linger.ops.pairs import Factor, as_factor, factor_codes
 from lightning_linger.ops.slopes import finest_of_slopes, integer_prelu
-from lightning_linger.ops.table import Tabulation, find_table, table_of
+from lightning_linger.ops.table import ENTRY_BITS, Tabulated, Tabulation, find_table, table_of
 from lightning_linger.ops.weighted import minimum_step
 
 Number = float | int | bool | str
@@ -333,9 +333,10 @@ class CurveOp(KernelOp):
 
     def output_range(
         self, call: CurveCall, config: QuantConfig, platform: Platform
-    ) -> float | None:
+    ) -> float | tuple[float, float] | None:
         """Return the bound of the function."""
-        return CURVES[self.kind].range
+        fixed = tflite_curves.fixed_range(self.kind, config, platform)
+        return CURVES[self.kind].range if fixed is None else fixed
 
     def real(self, site: Site, call: CurveCall) -> Tensor:
         """Run the function; quantized, it is continued outside its domain."""
@@ -354,7 +355,8 @@ class CurveOp(KernelOp):
         if self._on_engine(site, call, target):
             return True
         asked = _asked(site, call.input, target)
-        return find_table(site, "", call.function, asked, call.input.device) is not None
+        function = _tabulated(site, call.function, asked)
+        return find_table(site, "", function, asked, call.input.device) is not None
 
     def kernel(self, site: Site, call: CurveCall, target: Target) -> Tensor:
         """Call ``linger::curve``, or read the table."""
@@ -363,7 +365,8 @@ class CurveOp(KernelOp):
         assert tag is not None
         if not self._on_engine(site, call, target):
             asked = _asked(site, call.input, target)
-            table = table_of(site, "", call.function, asked, codes.device)
+            function = _tabulated(site, call.function, asked)
+            table = table_of(site, "", function, asked, codes.device)
             return table(codes, site.platform_name)
         return integer_curve(
             codes,
@@ -397,7 +400,14 @@ def _asked(site: Site, x: Tensor, target: Target) -> Tabulation:
         low=target.low,
         high=target.high,
         rounding=site.rounding,
+        entry_bits=tag.bits if tag.affine else ENTRY_BITS,
     )
+
+
+def _tabulated(site: Site, function: CurveFunction, asked: Tabulation) -> Tabulated:
+    """Return what the table holds: the function, or an engine's kernel of it."""
+    own = tflite_curves.kernel_of(function.kind, function.numbers, site.platform, asked)
+    return function if own is None else own
 
 
 class PowOp(CurveOp):

@@ -177,6 +177,7 @@ class EmbeddingOp(Op):
             if edge is not None:
                 weight = weight.clamp(-edge, edge)
             rounded = on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding)
+            site.note("weight", call.weight, rounded, step)
             codes = torch.round(rounded / step).to(payload_dtype(site.weight_bits))
             source = call.weight.clone() if site.weight_is_computed else None
         found = _Table(codes, step, self._validity(site, call), source)

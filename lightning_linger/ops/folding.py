@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
+from lightning_linger.core.fake_quantize import fake_quantize
 
 if TYPE_CHECKING:
     from lightning_linger.core.fake_quantize import Scalar
@@ -82,14 +84,37 @@ def beta_of(bn: Any) -> Tensor:
     return full(bn.bias if bn.bias is not None else torch.zeros_like(bn.running_mean))
 
 
-def running_factor(bn: Any) -> Tensor:
-    """Return ``gamma / sigma`` with the running variance, ``[C]``."""
-    return gamma_of(bn) * torch.rsqrt(full(bn.running_var) + bn.eps)
+def running_statistics(site: Site, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Return running statistics as evaluation uses them: on grids of their own, if there are.
+
+    A variance has one code at least.
+
+    Args:
+        site: The batch norm, or the layer that has taken it in.
+        mean: ``[C]``.
+        var: ``[C]``.
+    """
+    mean, var = full(mean), full(var)
+    bits = site.statistics_bits
+    if bits is None or site.weight_grid is None:
+        return mean, var
+    grid = dataclasses.replace(site.weight_grid, bits=bits, narrow=False)
+    rounded = []
+    for name, values, lowest in (("running_mean", mean, grid.qmin), ("running_var", var, 1)):
+        step = site.held(name, grid.step(values.detach().abs().amax().float()))
+        rounded.append(fake_quantize(values, step, lowest, grid.qmax, grid.rounding))
+        site.note(name, values, rounded[-1], step)
+    return rounded[0], rounded[1]
 
 
-def running_bias(bn: Any, conv_bias: Tensor | None, factor: Tensor) -> Tensor:
+def running_factor(bn: Any, var: Tensor | None = None) -> Tensor:
+    """Return ``gamma / sigma`` with the running variance, or one in its place, ``[C]``."""
+    var = full(bn.running_var) if var is None else var
+    return gamma_of(bn) * torch.rsqrt(var + bn.eps)
+
+
+def running_bias(bn: Any, mean: Tensor, conv_bias: Tensor | None, factor: Tensor) -> Tensor:
     """Return the bias of the folded layer with the running mean, ``[C]``."""
-    mean = full(bn.running_mean)
     centre = -mean if conv_bias is None else full(conv_bias) - mean
     return beta_of(bn) + centre * factor
 

@@ -18,8 +18,7 @@ from lightning_linger.core.integer import code_limits
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import Op
 from lightning_linger.core.sites import Site, integer_codes, real_values
-from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
-from lightning_linger.ops.weighted import IntegerResult
+from lightning_linger.core.tags import Tag, tag_of, with_tag
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Target:
     def of(quantizer: Quantizer, step: float) -> Target:
         """Return what a quantizer asks for at a step."""
         low, high = (int(bound) for bound in quantizer.code_bounds(step))
-        return Target(step, quantizer.grid.bits, low, high)
+        return Target(step, quantizer.grid.code_bits, low, high)
 
 
 class KernelOp(Op):
@@ -183,7 +182,9 @@ def run_kernel(
         seen = result.detach()
         output.observe(seen if observe is None else observe(seen), cap)
     usable = output.step(finest)
-    if rounds or not (isinstance(usable, float) and all(map(_has_readable_step, operands))):
+    if rounds or not (
+        isinstance(usable, float) and output.rounds and all(map(_has_readable_step, operands))
+    ):
         result = real(*operands) if result is None else result
         return output.round(result, usable, dtype)
     target = Target.of(output, usable)
@@ -251,38 +252,6 @@ def in_full_precision(site: Site, x: Tensor) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if integers else without_autocast(x.device.type)
 
 
-def finish_codes(
-    site: Site,
-    codes: Tensor,
-    result: IntegerResult,
-    dtype: torch.dtype,
-    real: Callable[[], Tensor],
-) -> Tensor:
-    """Return what an integer kernel produced as the site's result, in evaluation.
-
-    Args:
-        site: The site.
-        codes: Codes, or real values if ``result`` asks for them.
-        result: What the kernel had to produce.
-        dtype: The dtype the model expects.
-        real: The float function, for its gradient.
-    """
-    integers = site.switches.system == "integer"
-    if result.tag is None:
-        value = site.limit_output(codes).to(dtype)
-    elif integers:
-        value = codes
-    else:
-        wide = codes.double() if result.bits > WIDEST_OPERAND else codes.to(dtype)
-        value = (wide * result.scale).to(dtype)
-    if torch.is_grad_enabled() and not integers:
-        carrier = site.limit_output(real())
-        if result.tag is not None:
-            carrier = carrier.clamp(result.low * result.scale, result.high * result.scale)
-        value = straight_through(value, carrier.to(dtype))
-    return value if result.tag is None else with_tag(value, result.tag)
-
-
 def _coded(x: Tensor) -> Tensor:
     """Return the codes of a tagged tensor, with a tag whose step is a number."""
     tag = tag_of(x)
@@ -293,8 +262,9 @@ def _coded(x: Tensor) -> Tensor:
 
 
 def _has_readable_step(x: Tensor) -> bool:
+    """Whether there are codes, and a number that they stand for."""
     tag = tag_of(x)
-    return tag is not None and isinstance(readable(tag.step, x), float)
+    return tag is not None and tag.rounded and isinstance(readable(tag.step, x), float)
 
 
 def _dtype(operands: Sequence[Tensor]) -> torch.dtype:

@@ -16,6 +16,8 @@ from lightning_linger.ops.conv import (
     exact_shift,
     finish_accumulator,
     in_codes,
+    in_one_product,
+    is_wide,
     storage_offset,
     stored,
 )
@@ -58,8 +60,19 @@ def integer_linear(
         return stored(F.linear(x.float(), *parameters), low, high, bits_o, offset)
     dtype = torch.float32 if exact_in_float32 else torch.float64
     acc = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    scale_x, scale_w = in_one_product(scale_x, scale_w, scale_o, platform)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, 0
+        acc,
+        scale_x,
+        scale_w,
+        scale_o,
+        bits_o,
+        low,
+        high,
+        rounding,
+        platform,
+        0,
+        is_wide(bits_x),
     )
 
 
@@ -86,6 +99,8 @@ def _(
 
 class LinearOp(WeightedOp):
     """``F.linear``."""
+
+    groups_weights = True
 
     def bind(self, *args: Any, **kwargs: Any) -> LinearCall:
         """Bind the arguments of ``F.linear``."""
@@ -123,7 +138,7 @@ class LinearOp(WeightedOp):
             prepared.steps,
             result.scale,
             prepared.bits_x,
-            site.weight_bits,
+            site.weight_code_bits,
             result.bits,
             result.low,
             result.high,

@@ -16,18 +16,17 @@ from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import Tag, tag_of, with_tag
-from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.conv import finish_accumulator, in_one_product, is_wide
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import (
     Target,
-    finish_codes,
     in_full_precision,
     run_kernel,
     without_gradients,
 )
 from lightning_linger.ops.projection import Projection
 from lightning_linger.ops.refused import RefusedOp
-from lightning_linger.ops.weighted import finish, integer_result, minimum_step
+from lightning_linger.ops.weighted import finish, finish_codes, integer_result, minimum_step
 
 # --- integer kernel -------------------------------------------------------------------------
 
@@ -77,8 +76,19 @@ def integer_matmul(
     )
     dtype = torch.float32 if exact else torch.float64
     acc = torch.matmul(x.to(dtype), y.to(dtype))
+    factor_x, factor_y = in_one_product(scale_x, [scale_y], scale_o, platform)
     return finish_accumulator(
-        acc, scale_x, [scale_y], scale_o, bits_o, low, high, rounding, platform, 0
+        acc,
+        factor_x,
+        factor_y,
+        scale_o,
+        bits_o,
+        low,
+        high,
+        rounding,
+        platform,
+        0,
+        is_wide(max(bits_x, bits_y)),
     )
 
 

@@ -15,17 +15,20 @@ from lightning_linger.core.integer import (
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import with_tag
+from lightning_linger.ops import tflite
 from lightning_linger.ops.kernel import Target, run_kernel
 from lightning_linger.ops.pairs import (
     Factor,
     PairCall,
     PairOp,
     as_factor,
+    computes_with_ratios,
     device_type,
     factor_codes,
     multiplies,
@@ -52,7 +55,11 @@ def integer_mul(
     """Multiply codes and bring the product to the output scale (arguments as ``linger::add``)."""
     dtype = payload_dtype(bits_o)
     zero_point = stored_zero(platform, x.dtype, y.dtype, dtype)
-    if not multiplies(platform):
+    engine = fixed_point_of(platform)
+    if engine is not None:
+        scales = (scale_x, scale_y, scale_o)
+        codes = tflite.centred_product(x, y, scales, engine.multiplier_rounding).clamp_(low, high)
+    elif not multiplies(platform):
         exact = torch.float32 if x.dtype == y.dtype == torch.int8 else torch.float64
         product = x.to(exact) * y.to(exact)
         codes = rescale(product, scale_x * scale_y / scale_o, low, high, rounding)
@@ -100,7 +107,7 @@ class MulOp(PairOp):
             return NotImplemented
         x, y = (as_factor(v, output) for v in pair)
         with without_autocast(device_type(x, y)):
-            if multiplies(site.platform_name):
+            if computes_with_ratios(site.platform_name):
                 return _product(site, output, x, y)
             dtype = x.dtype if isinstance(x, Tensor) else y.dtype
             product = step_or(x) * step_or(y)
@@ -127,7 +134,7 @@ class MulOp(PairOp):
             float(step_or(x)),
             float(step_or(y)),
             step,
-            output.grid.bits,
+            output.grid.code_bits,
             int(low),
             int(high),
             output.grid.rounding,

@@ -20,18 +20,22 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of, with_tag
-from lightning_linger.ops.conv import finish_accumulator
+from lightning_linger.ops.conv import finish_accumulator, is_wide
 from lightning_linger.ops.folding import (
     Folded,
     batch_statistics,
     folded_of,
     full,
     normalize_scaled,
+    running_statistics,
     update_running,
 )
 from lightning_linger.ops.weighted import (
+    IntegerResult,
+    bias_headroom,
     finest_for_bias,
     finish,
+    finish_codes,
     integer_result,
     minimum_step,
     on_grid,
@@ -78,7 +82,17 @@ def integer_scale_shift(
     shape = (1, -1, *([1] * (x.dim() - 2)))
     acc = x.to(dtype) * weight.to(dtype).view(shape) + bias.to(dtype).view(shape)
     return finish_accumulator(
-        acc, scale_x, scale_w, scale_o, bits_o, low, high, rounding, platform, x.dim() - 2
+        acc,
+        scale_x,
+        scale_w,
+        scale_o,
+        bits_o,
+        low,
+        high,
+        rounding,
+        platform,
+        x.dim() - 2,
+        is_wide(bits_x),
     )
 
 
@@ -138,7 +152,7 @@ class BatchNormOp(Op):
     """
 
     has_parameters = True
-
+    rounds_parts_apart = True
     needs_quantized_operand = False
 
     def bind(self, *args: Any, **kwargs: Any) -> BatchNormCall:
@@ -162,7 +176,7 @@ class BatchNormOp(Op):
         limits = site.active_limits
         if limits is None:
             return NotImplemented
-        alpha, beta = self._affine(call)
+        alpha, beta = self._affine(site, call)
         alpha = limited(alpha, limits.weight, limits.gradient)
         beta = limited(beta, limits.bias, limits.gradient)
         y = _scale_shift(call.input, alpha, beta)
@@ -186,6 +200,8 @@ class BatchNormOp(Op):
                 widest = product.amax() if isinstance(product, Tensor) else product
                 return finish(site, y, widest, True, tag.dtype)
             prepared = self._prepare(site, call, tag)
+            if site.fixed_point and tag.rounded and not site.floating:
+                return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
             alpha, beta = prepared.alpha, prepared.beta
             if torch.is_grad_enabled() and not capturing():
                 alpha, beta, _ = self._quantized_affine(site, call, x, step_x)
@@ -205,7 +221,31 @@ class BatchNormOp(Op):
         assert tag is not None
         prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
-        y = integer_scale_shift(
+        y = self._kernel(site, x, prepared, result)
+        return site.limit_output(y) if result.tag is None else with_tag(y, result.tag)
+
+    def _evaluate_codes(
+        self, site: Site, call: BatchNormCall, x: Tensor, prepared: PreparedAffine
+    ) -> Tensor:
+        """Take the integer kernel's value, and the gradient of the real one."""
+        tag = tag_of(x)
+        assert tag is not None
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
+
+        def real() -> Tensor:
+            alpha, beta, _ = self._quantized_affine(site, call, x, tag.step)
+            return _scale_shift(x, alpha, beta)
+
+        with torch.no_grad():
+            codes = self._kernel(site, x, prepared, result)
+        return finish_codes(site, codes, result, tag.dtype, real)
+
+    def _kernel(
+        self, site: Site, x: Tensor, prepared: PreparedAffine, result: IntegerResult
+    ) -> Tensor:
+        tag = tag_of(x)
+        assert tag is not None
+        return integer_scale_shift(
             integer_codes(x),
             prepared.codes,
             prepared.bias_codes,
@@ -221,7 +261,6 @@ class BatchNormOp(Op):
             site.platform_name,
             prepared.exact_in_float32,
         )
-        return site.limit_output(y) if result.tag is None else with_tag(y, result.tag)
 
     # --- folded -----------------------------------------------------------------------------
 
@@ -276,7 +315,7 @@ class BatchNormOp(Op):
 
     # --- standalone -------------------------------------------------------------------------
 
-    def _affine(self, call: BatchNormCall) -> tuple[Tensor, Tensor]:
+    def _affine(self, site: Site, call: BatchNormCall) -> tuple[Tensor, Tensor]:
         if call.training:
             mean, var = batch_statistics(call.input)
             count = call.input.numel() // call.input.shape[1]
@@ -287,7 +326,7 @@ class BatchNormOp(Op):
         else:
             assert call.running_mean is not None
             assert call.running_var is not None
-            mean, var = full(call.running_mean), full(call.running_var)
+            mean, var = running_statistics(site, call.running_mean, call.running_var)
         alpha = torch.rsqrt(var + call.eps)
         if call.weight is not None:
             alpha = alpha * full(call.weight)
@@ -297,7 +336,7 @@ class BatchNormOp(Op):
     def _quantized_affine(
         self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        alpha, beta = self._affine(call._replace(input=x))
+        alpha, beta = self._affine(site, call._replace(input=x))
         limits = site.active_limits
         if limits is not None:
             alpha = limited(alpha, limits.weight, limits.gradient)
@@ -306,14 +345,16 @@ class BatchNormOp(Op):
         assert grid is not None
         assert site.config is not None
         absmax = alpha.detach().abs().float()
-        finest = finest_for_bias(beta, step_x, site.config.bias_bits)
+        finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
         if finest is not None:
             absmax = torch.maximum(absmax, finest * grid.qmax)
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
         step_a = torch.as_tensor(site.held("weight", step_a))
-        alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
-        limits_b = float32_code_limits(site.config.bias_bits)
-        beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
+        if "weights" not in site.floating:
+            alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
+        if "biases" not in site.floating:
+            limits_b = float32_code_limits(site.config.bias_bits)
+            beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
         return alpha, beta, step_a
 
     @torch.no_grad()

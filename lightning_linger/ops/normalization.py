@@ -356,9 +356,11 @@ class NormOp(KernelOp):
         step = site.held("weight", step)
         if weight is not None:
             weight = on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding)
+            site.note("weight", call.weight, weight, step)
         if bias is not None:
             limits_b = float32_code_limits(config.bias_bits)
             bias = on_grid(bias, step * 2.0**-FRACTION, limits_b, grid.rounding)
+            site.note("bias", call.bias, bias, step * 2.0**-FRACTION)
         return Affine(weight, bias, step)
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.integer import code_limits
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site, integer_codes
@@ -57,7 +56,7 @@ class PadOp(Op):
             return 0
         tag = tag_of(call.input)
         assert tag is not None
-        low, high = code_limits(tag.bits)
+        low, high = (int(code) for code in tag.limits)
         return round_value(max(low, min(high, call.value / step)), site.rounding)
 
     def _pad(self, call: PadCall, x: Tensor, value: float) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.fake_quantize import Scalar
+from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import payload_dtype
 from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import Op
+from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.arguments import refused_arguments
@@ -70,6 +72,12 @@ def stored_zero(platform: str, *dtypes: torch.dtype) -> int | None:
     return engine.zero_point
 
 
+def computes_with_ratios(platform: str) -> bool:
+    """Whether scales are free numbers, whose products round where shifts would not."""
+    engine = arithmetic_of(platform)
+    return engine is not None and engine.rescale != "shift"
+
+
 def multiplies(platform: str) -> bool:
     """Whether the engine computes in float32 with steps, rather than in integers with shifts."""
     engine = arithmetic_of(platform)
@@ -80,7 +88,7 @@ def multiplies(platform: str) -> bool:
 
 
 class Factor(NamedTuple):
-    """A number as a constant on a power-of-two grid."""
+    """A number as a constant on a grid of its own."""
 
     value: float
     code: int
@@ -93,9 +101,14 @@ def as_factor(value: Any, output: Quantizer) -> Any:
 
     The step is the finest power of two, not below ``2^-30``, at which the number fits. The constant
     is off by at most half a step: of the number, one part in ``2^(bits - 1) - 1``.
+
+    On an affine grid the number is one end of a range whose other end is zero, as TFLite's
+    converter has it: a constant that is exact.
     """
     if isinstance(value, Tensor):
         return value
+    if output.grid.affine:
+        return affine_constant(float(value), output.grid)
     bits = output.grid.bits
     top = 2 ** (bits - 1) - 1
     number = float(value)
@@ -106,6 +119,14 @@ def as_factor(value: Any, output: Quantizer) -> Any:
         step /= 2.0
     code = max(-top - 1, min(top, math.floor(number / step + 0.5)))
     return Factor(code * step, code, step, bits)
+
+
+def affine_constant(number: float, grid: Grid) -> Factor:
+    """Return a number as the last code of an affine grid that begins at zero."""
+    low, high = min(number, 0.0), max(number, 0.0)
+    step = grid.step_value_of_range(low, high)
+    code = round_value(number / step, "half_away")
+    return Factor(code * step, code, step, grid.code_bits)
 
 
 def step_or(value: Any) -> Scalar:

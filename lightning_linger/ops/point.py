@@ -59,6 +59,7 @@ class PointOp(Op):
             return site.quantized_input(output, x)
 
         def kernel(target: Target, codes: Tensor) -> Tensor:
+            limits = [target.low, target.high] if output.grid.affine else []
             return requantize(
                 codes,
                 float(step_of(codes)),
@@ -67,6 +68,7 @@ class PointOp(Op):
                 target.bits,
                 site.rounding,
                 site.platform_name,
+                *limits,
             )
 
         finest = minimum_step(site, tag.step)

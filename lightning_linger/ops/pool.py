@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.fake_quantize import straight_through
+from lightning_linger.core.fake_quantize import Bound, straight_through
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype, rescale
-from lightning_linger.core.registry import Op, register
+from lightning_linger.core.platform import Platform, fixed_point_of
+from lightning_linger.core.quantizer import clamped
+from lightning_linger.core.registry import Op, OutputScale, register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.tags import Tag, storable_codes, tag_of, with_tag
+from lightning_linger.ops import tflite
 from lightning_linger.ops.arguments import pool_tuple, to_tuple
+from lightning_linger.ops.kernel import KernelOp, Target
 
 _AVERAGES: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAXIMA: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -120,6 +124,7 @@ def integer_avg_pool(
     bits: int,
     rounding: str,
     platform: str,
+    zero_point: int | None = None,
 ) -> Tensor:
     """Average codes over windows, rounding once.
 
@@ -136,9 +141,18 @@ def integer_avg_pool(
             sum is rounded at the new scale first and then divided, as LUNA's shift does.
         bits: Width of ``x`` and of the result.
         rounding: Rounding rule.
-        platform: Name of the target.
+        platform: Name of the target. Where it works in fixed point, TFLite's kernel runs, which
+            divides sums of stored codes.
+        zero_point: What is added to a code to store it, None on a symmetric grid.
     """
     sums = window_sums(x.double(), kernel_size, stride, padding, ceil_mode)
+    if fixed_point_of(platform) is not None:
+        count = _whole(
+            window_counts(
+                x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor or None
+            )
+        )
+        return _stored_average(sums.long(), count, bits, zero_point).to(payload_dtype(bits))
     if scale_x != scale_o:
         sums = rescale(sums, scale_x / scale_o, -(2**52), 2**52, rounding)
     count = window_counts(
@@ -161,6 +175,7 @@ def _(
     bits: int,
     rounding: str,
     platform: str,
+    zero_point: int | None = None,
 ) -> Tensor:
     shape = window_sums(x.float(), kernel_size, stride, padding, ceil_mode).shape
     return x.new_empty(shape, dtype=payload_dtype(bits))
@@ -193,6 +208,46 @@ def _(
     platform: str,
 ) -> Tensor:
     return x.float().sum(dim=list(dim), keepdim=keepdim).to(payload_dtype(bits))
+
+
+@integer_op("linger::scaled_mean")
+def integer_scaled_mean(
+    x: Tensor,
+    dim: Sequence[int],
+    keepdim: bool,
+    scale_x: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    platform: str,
+) -> Tensor:
+    """Average codes over dimensions and bring the mean to a scale of its own, in fixed point."""
+    engine = fixed_point_of(platform)
+    assert engine is not None  # others keep the scale
+    codes = tflite.centred_mean(
+        x.long().sum(dim=list(dim), keepdim=keepdim),
+        _count(x, dim),
+        (scale_x, scale_o),
+        engine.averaging,
+        engine.multiplier_rounding,
+    )
+    return codes.clamp_(low, high).to(payload_dtype(bits_o))
+
+
+@integer_scaled_mean.register_fake
+def _(
+    x: Tensor,
+    dim: Sequence[int],
+    keepdim: bool,
+    scale_x: float,
+    scale_o: float,
+    bits_o: int,
+    low: int,
+    high: int,
+    platform: str,
+) -> Tensor:
+    return x.float().sum(dim=list(dim), keepdim=keepdim).to(payload_dtype(bits_o))
 
 
 @integer_op("linger::max_pool")
@@ -315,14 +370,45 @@ class AvgPoolOp(Op):
             tag.bits,
             site.rounding,
             site.platform_name,
+            *([int(tag.zero_point)] if tag.zero_point is not None else []),
         )
         return with_tag(codes, _own(tag, site))
 
 
+class _ScaledMeanOp(KernelOp):
+    """A mean whose result has a range of its own."""
+
+    def real(self, site: Site, call: MeanCall) -> Tensor:
+        """Average real values."""
+        return torch.mean(call.input, call.dim, call.keepdim)
+
+    def kernel(self, site: Site, call: MeanCall, target: Target) -> Tensor:
+        """Call ``linger::scaled_mean``."""
+        return integer_scaled_mean(
+            integer_codes(call.input),
+            call.dim,
+            call.keepdim,
+            float(step_of(call.input)),
+            target.scale,
+            target.bits,
+            target.low,
+            target.high,
+            site.platform_name,
+        )
+
+
 class MeanOp(Op):
-    """``mean`` over given dimensions."""
+    """``mean`` over given dimensions; in fixed point the result has a range of its own."""
 
     output_scale = "inputs"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self._scaled = _ScaledMeanOp(kind)
+
+    def scale_source(self, platform: Platform) -> OutputScale:
+        """Engines with shifts keep the scale."""
+        return "observed" if platform.fixed_point else self.output_scale
 
     def bind(
         self, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
@@ -341,6 +427,8 @@ class MeanOp(Op):
 
     def run_fake(self, site: Site, call: MeanCall) -> Any:
         """Sum on the grid, divide and round."""
+        if site.fixed_point:
+            return self._scaled.run_fake(site, call)
         x = site.operand(0, call.input)
         tag = tag_of(x)
         if x is None or tag is None:
@@ -351,6 +439,8 @@ class MeanOp(Op):
 
     def run_integer(self, site: Site, call: MeanCall) -> Any:
         """Call ``linger::mean``."""
+        if site.fixed_point:
+            return self._scaled.run_integer(site, call)
         x = site.operand(0, call.input)
         tag = tag_of(x)
         if x is None or tag is None:
@@ -436,6 +526,18 @@ class MaxPoolOp(Op):
         return with_tag(codes, _own(tag, site))
 
 
+def _stored_average(
+    sums: Tensor, count: int | Tensor, bits: int, zero_point: Bound | None
+) -> Tensor:
+    """Return what TFLite's kernel stores, without the zero point."""
+    average = tflite.average(sums, count, 0 if zero_point is None else zero_point)
+    return clamped(average, *storable_codes(bits, zero_point))
+
+
+def _whole(count: int | Tensor) -> int | Tensor:
+    return count.long() if isinstance(count, Tensor) else count
+
+
 def _count(x: Tensor, dims: Sequence[int]) -> int:
     count = 1
     for d in dims:  # a generator would stop a graph capture
@@ -453,7 +555,12 @@ def _averaged(site: Site, sums: Tensor, count: int | Tensor, tag: Tag) -> Tensor
     average = sums / count
     with torch.no_grad():
         codes = torch.round(sums.double() / tag.step)
-        rounded = divide(codes, count, *code_limits(tag.bits), site.rounding) * tag.step
+        if site.fixed_point:
+            whole = _whole(count)
+            divided = _stored_average(codes.long(), whole, tag.bits, tag.zero_point).double()
+        else:
+            divided = divide(codes, count, *code_limits(tag.bits), site.rounding)
+        rounded = divided * tag.step
     value = straight_through(rounded.to(average.dtype), average).to(tag.dtype)
     return with_tag(value, _own(tag, site))
 

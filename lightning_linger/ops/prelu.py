@@ -117,6 +117,7 @@ def _prepare(site: Site, weight: Tensor) -> _Slopes:
         return found
     with torch.no_grad():
         values, step = _on_grid(site, weight)
+        site.note("weight", weight, values, step)
         codes = torch.round(values.float() / step).to(payload_dtype(site.weight_bits))
     found = site.prepared[_PREPARED] = _Slopes(codes, float(step), _validity(site, weight))
     return found

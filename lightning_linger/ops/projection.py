@@ -17,13 +17,14 @@ from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.kernel import Target, finish_codes, run_kernel, without_gradients
+from lightning_linger.ops.kernel import Target, run_kernel, without_gradients
 from lightning_linger.ops.linear import integer_linear
 from lightning_linger.ops.weighted import (
     IntegerResult,
     Parameters,
     finest_for_bias,
     finish,
+    finish_codes,
     integer_result,
     minimum_step,
     on_grid,
@@ -127,10 +128,12 @@ class Projection:
         steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
         rounding = site.weight_rounding(self.name)
         weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
+        site.note(self.name, self.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
             bias = site.with_rounded_gradient("bias", bias)
+            site.note(f"{self.name} bias", self.bias, bias, step_w * step_x)
         return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     def codes(self, site: Site, step_x: float, bits_x: int) -> Codes:

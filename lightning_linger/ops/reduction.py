@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar
-from lightning_linger.core.integer import integer_op, payload_dtype
+from lightning_linger.core.integer import integer_op, payload_dtype, rescale_fixed_point
+from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of
@@ -56,6 +57,10 @@ def integer_sum(
 ) -> Tensor:
     """Add up codes in 64 bits and bring the sum to the output scale, rounding once."""
     sums = x.to(torch.int64).sum(list(dim), keepdim=keepdim)
+    engine = fixed_point_of(platform)
+    if engine is not None:
+        codes = rescale_fixed_point(sums, [scale_x / scale_o], engine)
+        return codes.clamp_(low, high).to(payload_dtype(bits_o))
     return to_codes(sums.double() * (scale_x / scale_o), bits_o, low, high, rounding)
 
 

@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_linger.core.fake_quantize import fake_quantize
+from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
+from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.ops import tflite
 from lightning_linger.ops.exact import to_codes
 from lightning_linger.ops.kernel import run_on_grid
 
@@ -120,6 +123,7 @@ def integer_resize_linear(
     bits: int,
     rounding: str,
     platform: str,
+    zero_point: int = 0,
 ) -> Tensor:
     """Interpolate codes linearly; the scale stays.
 
@@ -132,8 +136,15 @@ def integer_resize_linear(
         align_corners: See torch.
         bits: Width of ``x`` and of the result.
         rounding: Rounding rule.
-        platform: Name of the target.
+        platform: Name of the target. Where it works in fixed point, TFLite's kernel interpolates
+            8-bit images whose sizes say how far positions are apart.
+        zero_point: What is added to a code to store it.
     """
+    image = len(size) == 2 and bits <= AFFINE_CODE_BITS
+    if fixed_point_of(platform) is not None and image and _sizes_say_all(x, size, factors):
+        height, width = size
+        codes = tflite.resize_bilinear(x, (height, width), align_corners, zero_point)
+        return codes.to(payload_dtype(bits))
     mixed = x.double()
     for dim, (target, factor) in enumerate(zip(size, factors, strict=True), start=2):
         first, second, weights = (
@@ -147,6 +158,11 @@ def integer_resize_linear(
     return to_codes(mixed, bits, *code_limits(bits), rounding)
 
 
+def _sizes_say_all(x: Tensor, size: Sequence[int], factors: Sequence[float]) -> bool:
+    triples = zip(x.shape[2:], size, factors, strict=True)
+    return all(factor == 0.0 or source * factor == target for source, target, factor in triples)
+
+
 @integer_resize_linear.register_fake
 def _(
     x: Tensor,
@@ -156,6 +172,7 @@ def _(
     bits: int,
     rounding: str,
     platform: str,
+    zero_point: int = 0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:2], *size), dtype=payload_dtype(bits))
 
@@ -232,7 +249,7 @@ class InterpolateOp(Op):
             )
 
         def kernel(step: float, codes: Tensor) -> Tensor:
-            return self._mixed(site, call, codes, tag.bits)
+            return self._mixed(site, call, codes, tag)
 
         return run_on_grid(site, [x], tag, real, kernel)
 
@@ -245,18 +262,19 @@ class InterpolateOp(Op):
         codes = integer_codes(x)
         tag = dataclasses.replace(tag, site=site.key)
         nearest = call.mode in _NEAREST
-        found = _nearest(codes, call) if nearest else self._mixed(site, call, codes, tag.bits)
+        found = _nearest(codes, call) if nearest else self._mixed(site, call, codes, tag)
         return with_tag(found, tag)
 
-    def _mixed(self, site: Site, call: ResampleCall, codes: Tensor, bits: int) -> Tensor:
+    def _mixed(self, site: Site, call: ResampleCall, codes: Tensor, tag: Tag) -> Tensor:
         return integer_resize_linear(
             codes,
             call.size,
             call.factors,
             call.align_corners,
-            bits,
+            tag.bits,
             site.rounding,
             site.platform_name,
+            *([int(tag.zero_point)] if tag.zero_point is not None else []),
         )
 
 

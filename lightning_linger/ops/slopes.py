@@ -14,6 +14,7 @@ from lightning_linger.core.integer import (
 )
 from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.rounding import ROUNDINGS
+from lightning_linger.ops import tflite
 
 
 @integer_op("linger::prelu")
@@ -46,12 +47,16 @@ def integer_prelu(
         high: Largest code of the result.
         rounding: Rounding rule.
         platform: Name of the target. Where it multiplies by float32 numbers instead of shifting,
-            each code is multiplied once, by :func:`factors`.
+            each code is multiplied once, by :func:`factors`; where it works in fixed point, the
+            kernel is TFLite's.
     """
     shape = [-1, *[1] * (x.dim() - 2)] if slopes.numel() > 1 else []
     slopes = slopes.reshape(shape)
     engine = arithmetic_of(platform)
-    if engine is not None and engine.rescale == "multiply":
+    if engine is not None and engine.fixed_point:
+        scales = (scale_x, scale_w, scale_o)
+        codes = tflite.slopes(x, slopes, scales, engine.multiplier_rounding).clamp_(low, high)
+    elif engine is not None and engine.rescale == "multiply":
         positive, negative = factors(slopes, scale_x, scale_w, scale_o)
         product = x.float() * torch.where(x < 0, negative, positive)
         codes = ROUNDINGS[rounding](product).clamp_(low, high)

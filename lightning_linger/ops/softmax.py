@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_linger.core.config import QuantConfig
+from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import integer_op, is_power_of_two, payload_dtype
-from lightning_linger.core.platform import Platform, arithmetic_of
+from lightning_linger.core.platform import Platform, arithmetic_of, fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of, with_tag
-from lightning_linger.ops import luna
+from lightning_linger.ops import luna, tflite, tflite_curves
 from lightning_linger.ops.arguments import to_tuple
 from lightning_linger.ops.exact import quotient, to_codes
 from lightning_linger.ops.kernel import KernelOp, Target
@@ -171,9 +173,18 @@ def log_of_sums(sums: Tensor) -> Tensor:
 def _engine_of(platform: str, scales: Sequence[float], bits: Sequence[int]) -> Platform | None:
     """Return the target if it has a kernel of its own for these widths and steps."""
     target = arithmetic_of(platform)
-    if target is None or target.curves == "table" or max(bits) > ENGINE_BITS:
+    if target is None or target.curves not in luna.CURVES or max(bits) > ENGINE_BITS:
         return None
     return target if all(map(is_power_of_two, scales)) else None
+
+
+def _fixed_point_of(
+    platform: str, scale_o: float, fixed: float, bits_x: int, bits_o: int
+) -> Platform | None:
+    """Return the target if TFLite's kernel runs: 8-bit codes, here without their zero points."""
+    bits = AFFINE_CODE_BITS
+    engine = fixed_point_of(platform)
+    return engine if scale_o == fixed and bits_x <= bits and bits_o == bits else None
 
 
 def _fraction(scale: float) -> int:
@@ -199,6 +210,12 @@ def _softmax(
     rounding: str,
     platform: str,
 ) -> Tensor:
+    fixed = _fixed_point_of(platform, scale_o, 2.0**-8, bits_x, bits_o)
+    if fixed is not None:
+        function = tflite.softmax_in_float if fixed.curves == "tflite_float" else tflite.softmax
+        found = function(x.movedim(dim, -1), scale_x).long() - tflite.LOW
+        codes = found.clamp_(low, high).movedim(-1, dim).contiguous()
+        return codes.to(payload_dtype(bits_o))
     engine = _engine_of(platform, (scale_x, scale_o), (bits_x, bits_o))
     if engine is None:
         _, terms, sums = exponential_sums(x, [dim], scale_x, bits_x)
@@ -320,6 +337,10 @@ def integer_log_softmax(
     ``round(-(distance * scale_x + log(sum)) / scale_o)``, within ``(n + 1) * 2^-31 + 1.3e-7`` of
     the real function before the last rounding.
     """
+    if _fixed_point_of(platform, scale_o, 2.0**-4, bits_x, bits_o) is not None:
+        found = tflite.log_softmax(x.movedim(dim, -1), scale_x).long() - tflite.HIGH
+        codes = found.clamp_(low, high).movedim(-1, dim).contiguous()
+        return codes.to(payload_dtype(bits_o))
     engine = _engine_of(platform, (scale_x, scale_o), (bits_x, bits_o))
     if engine is None or engine.curves != "venus":
         distances, _, sums = exponential_sums(x, [dim], scale_x, bits_x)
@@ -424,8 +445,13 @@ class SoftmaxOp(KernelOp):
         """A single number has nothing to add up."""
         return None if call.input.shape else "a softmax of a single number is always 1"
 
-    def output_range(self, call: Any, config: Any, platform: Any) -> float | None:
+    def output_range(
+        self, call: Any, config: QuantConfig, platform: Platform
+    ) -> float | tuple[float, float] | None:
         """Probabilities lie in [0, 1]; their logarithms are observed."""
+        fixed = tflite_curves.fixed_range(self.kind, config, platform)
+        if fixed is not None:
+            return fixed
         return None if self.kind == "log_softmax" else 1.0
 
     def real(self, site: Site, call: SoftmaxCall) -> Tensor:

@@ -4,7 +4,8 @@ A table is data. It is computed once, in float64 on the CPU, when the steps arou
 both the simulation and the exported graph read the entries that were stored then: how a machine
 computes ``exp`` no longer matters.
 
-- Operands of 8 bits and fewer have one entry per code, the exactly rounded result.
+- Operands of 8 bits and fewer (as they are stored) have one entry per code, the exactly rounded
+  result, or what an engine's own kernel makes of the code.
 - Wider operands, up to 16 bits, have straight lines between knots, in integer arithmetic that any
   runtime repeats. The codes are cut into 256 cells of equal size, and each cell into as many
   segments as its curve needs, down to single codes, so that **no result is further than one code
@@ -19,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class Tabulation:
         low: Smallest code of the result.
         high: Largest code of the result.
         rounding: How real values become codes, a name of :mod:`lightning_linger.core.rounding`.
+        entry_bits: The widest operand with an entry of its own for every code.
 
     Raises:
         ConfigError: If a width or a step is impossible.
@@ -74,6 +76,7 @@ class Tabulation:
     low: int
     high: int
     rounding: str
+    entry_bits: int = ENTRY_BITS
 
     def __post_init__(self) -> None:
         for bits in (self.bits_x, self.bits_o):
@@ -114,6 +117,14 @@ class Table:
         return values, offsets, shifts
 
 
+@runtime_checkable
+class KernelFunction(Protocol):
+    """A function that an engine computes on codes in a way of its own."""
+
+    def entries(self, codes: Tensor, asked: Tabulation) -> Tensor:
+        """Return the code of the result for each code, not clamped."""
+
+
 @torch.no_grad()
 def tabulate(function: Callable[[Tensor], Tensor], asked: Tabulation) -> Table:
     """Tabulate a function of real numbers.
@@ -130,6 +141,9 @@ def tabulate(function: Callable[[Tensor], Tensor], asked: Tabulation) -> Table:
         ConfigError: If the function has no value somewhere.
     """
     least, most = code_limits(asked.bits_x)
+    if isinstance(function, KernelFunction):
+        own = function.entries(torch.arange(least, most + 1, device="cpu"), asked)
+        return _stored(own.clamp(asked.low, asked.high), asked)
     # A knot stands at the end of the last segment, one code beyond.
     codes = torch.arange(least, most + 2, dtype=torch.float64, device="cpu")
     reals = function(codes * asked.step_x)
@@ -138,14 +152,17 @@ def tabulate(function: Callable[[Tensor], Tensor], asked: Tabulation) -> Table:
         msg = f"a table needs a value everywhere. Found none at {at}."
         raise ConfigError(msg)
     wanted = reals / asked.step_o
-    if asked.bits_x <= ENTRY_BITS:
+    if asked.bits_x <= asked.entry_bits:
         return _entries(wanted[:-1], asked)
     return _knots(wanted.clamp(asked.low, asked.high).numpy(), asked)
 
 
 def _entries(wanted: Tensor, asked: Tabulation) -> Table:
-    rounded = ROUNDINGS[asked.rounding](wanted).clamp(asked.low, asked.high)
-    values = rounded.to(payload_dtype(asked.bits_o)).numpy()
+    return _stored(ROUNDINGS[asked.rounding](wanted).clamp(asked.low, asked.high), asked)
+
+
+def _stored(codes: Tensor, asked: Tabulation) -> Table:
+    values = codes.to(payload_dtype(asked.bits_o)).numpy()
     none = np.zeros(0, np.int32)
     return Table(asked, values, none, none)
 

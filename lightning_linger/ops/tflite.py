@@ -18,7 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX, MIN = 2**31 - 1, -(2**31)
+from lightning_linger.core.fixed_point import (
+    MAX,
+    MIN,
+    FixedPointRounding,
+    multiply_by_quantized_multiplier,
+    quantize_multiplier,
+    rounding_divide_by_power_of_two,
+    saturating_rounding_doubling_high_mul,
+)
+from lightning_linger.core.platform import Averaging
+from lightning_linger.core.rounding import half_away
+
 LOW, HIGH = -128, 127
 
 # e^-(2^k) in Q0, for k from -2 to 4.
@@ -40,43 +51,7 @@ _ALPHA_N, _ALPHA_D, _ALPHA_I, _ALPHA_F = 117049297, 127690142, 1057819769, 63845
 _SOFTMAX_INPUT, _SOFTMAX_SUM = 5, 12
 
 
-# --- primitives ---------------------------------------------------------------------------------
-
-
-def quantize_multiplier(real: float) -> tuple[int, int]:
-    """Return ``(m, shift)`` with ``real`` about ``m * 2^(shift - 31)``, ``2^30 <= m < 2^31``.
-
-    Args:
-        real: Not negative.
-    """
-    if real == 0.0:
-        return 0, 0
-    fraction, shift = math.frexp(real)
-    m = math.floor(fraction * 2**31 + 0.5)
-    if m == 2**31:
-        m, shift = 2**30, shift + 1
-    return (0, 0) if shift < -31 else (m, shift)
-
-
-def saturating_rounding_doubling_high_mul(a: Tensor, b: Tensor | int) -> Tensor:
-    """Return ``a * b / 2^31``; halves go toward plus infinity."""
-    product = a * b
-    nudge = torch.where(product >= 0, 2**30, 1 - 2**30)
-    high = torch.div(product + nudge, 2**31, rounding_mode="trunc")
-    return high.clamp_(max=MAX)  # -2^31 * -2^31
-
-
-def rounding_divide_by_power_of_two(x: Tensor, exponent: Tensor | int) -> Tensor:
-    """Return ``x / 2^exponent``; halves go away from zero."""
-    mask = (torch.ones_like(x) << exponent) - 1
-    threshold = (mask >> 1) + (x < 0).long()
-    return (x >> exponent) + ((x & mask) > threshold).long()
-
-
-def multiply_by_quantized_multiplier(x: Tensor, m: int, shift: int) -> Tensor:
-    """Return ``x * m * 2^(shift - 31)``, rounded twice."""
-    high = saturating_rounding_doubling_high_mul(_wrapped(x << max(shift, 0)), m)
-    return rounding_divide_by_power_of_two(high, max(-shift, 0))
+# --- fixed-point numbers ------------------------------------------------------------------------
 
 
 def rescale(x: Tensor, source: int, target: int) -> Tensor:
@@ -84,10 +59,6 @@ def rescale(x: Tensor, source: int, target: int) -> Tensor:
     if source <= target:
         return rounding_divide_by_power_of_two(x, target - source)
     return (x << (source - target)).clamp(MIN, MAX)
-
-
-def _wrapped(x: Tensor) -> Tensor:
-    return ((x + 2**31) & (2**32 - 1)) - 2**31
 
 
 def _rounding_half_sum(a: Tensor, b: int) -> Tensor:
@@ -209,17 +180,40 @@ def add(
         scales: Of ``x``, ``y`` and the result.
         zero_points: Likewise.
     """
-    scale_x, scale_y, scale_o = map(_float32, scales)
     zero_x, zero_y, zero_o = zero_points
-    twice = 2.0 * max(scale_x, scale_y)
-    a = multiply_by_quantized_multiplier(
-        (x.long() - zero_x) << 20, *quantize_multiplier(scale_x / twice)
-    )
-    b = multiply_by_quantized_multiplier(
-        (y.long() - zero_y) << 20, *quantize_multiplier(scale_y / twice)
-    )
-    total = multiply_by_quantized_multiplier(a + b, *quantize_multiplier(twice / (2**20 * scale_o)))
-    return _codes(total + zero_o)
+    return _codes(centred_sum(x.long() - zero_x, y.long() - zero_y, 1, scales) + zero_o)
+
+
+def centred_sum(
+    x: Tensor,
+    y: Tensor,
+    sign: int,
+    scales: tuple[float, float, float],
+    left_shift: int = 20,
+    rounding: FixedPointRounding = "double",
+) -> Tensor:
+    """Add (``sign`` 1) or subtract (``sign`` -1) codes without their zero points.
+
+    Args:
+        x: Codes.
+        y: Codes that broadcast with ``x``.
+        sign: The factor of ``y``. The ratios of scales are float64 numbers in the kernel of a sum,
+            and float32 numbers in that of a difference.
+        scales: Of ``x``, ``y`` and the result.
+        left_shift: Bits that operands have more at their common scale: 20, of int16 codes 15.
+        rounding: Of fixed-point products.
+
+    Returns:
+        Codes of the result, not clamped, in int64.
+    """
+    number = float if sign > 0 else np.float32
+    scale_x, scale_y, scale_o = (number(_float32(scale)) for scale in scales)
+    twice = number(2.0) * max(scale_x, scale_y)
+    ratios = (scale_x / twice, scale_y / twice, twice / (number(2.0**left_shift) * scale_o))
+    of_x, of_y, of_o = (quantize_multiplier(float(ratio)) for ratio in ratios)
+    a = multiply_by_quantized_multiplier(x.long() << left_shift, *of_x, rounding)
+    b = multiply_by_quantized_multiplier(y.long() << left_shift, *of_y, rounding)
+    return multiply_by_quantized_multiplier(a + b if sign > 0 else a - b, *of_o, rounding)
 
 
 def mul(
@@ -229,11 +223,122 @@ def mul(
     zero_points: tuple[int, int, int],
 ) -> Tensor:
     """Multiply int8 codes (arguments as :func:`add`)."""
-    scale_x, scale_y, scale_o = map(_float32, scales)
     zero_x, zero_y, zero_o = zero_points
-    product = (x.long() - zero_x) * (y.long() - zero_y)
+    return _codes(centred_product(x.long() - zero_x, y.long() - zero_y, scales) + zero_o)
+
+
+def centred_product(
+    x: Tensor,
+    y: Tensor,
+    scales: tuple[float, float, float],
+    rounding: FixedPointRounding = "double",
+) -> Tensor:
+    """Multiply codes without their zero points (see :func:`centred_sum`)."""
+    scale_x, scale_y, scale_o = map(_float32, scales)
     real = quantize_multiplier(scale_x * scale_y / scale_o)
-    return _codes(multiply_by_quantized_multiplier(product, *real) + zero_o)
+    return multiply_by_quantized_multiplier(x.long() * y.long(), *real, rounding)
+
+
+def average(sums: Tensor, count: Tensor | int, zero_point: Tensor | int) -> Tensor:
+    """Divide sums of codes without their zero points; halves of *stored* codes go away from zero.
+
+    Args:
+        sums: Sums over windows, in int64.
+        count: How many codes each holds.
+        zero_point: Of the codes.
+
+    Returns:
+        Codes without zero point, in int64.
+    """
+    stored = sums + count * zero_point
+    half = torch.as_tensor(count, device=sums.device) // 2
+    away = torch.where(stored > 0, stored + half, stored - half)
+    return torch.div(away, count, rounding_mode="trunc") - zero_point
+
+
+def centred_mean(
+    sums: Tensor,
+    count: int,
+    scales: tuple[float, float],
+    averaging: Averaging = "scaled",
+    rounding: FixedPointRounding = "double",
+) -> Tensor:
+    """Divide sums of codes without their zero points and bring them to the output scale.
+
+    Args:
+        sums: Sums over the axes, in int64.
+        count: How many codes each holds.
+        scales: Of the codes and the result.
+        averaging: ``scaled`` puts the count into the multiplier; ``divided``, the older kernel for
+            axes of an image, divides behind it, halves away from zero.
+        rounding: Of fixed-point products.
+
+    Returns:
+        Codes of the result, not clamped, in int64.
+    """
+    scale_x, scale_o = map(_float32, scales)
+    m, shift = quantize_multiplier(scale_x / scale_o)
+    if averaging == "divided":
+        return average(multiply_by_quantized_multiplier(sums, m, shift, rounding), count, 0)
+    places = min(count.bit_length() - 1, 32, 31 + shift)
+    return multiply_by_quantized_multiplier(sums, (m << places) // count, shift - places, rounding)
+
+
+def slopes(
+    x: Tensor,
+    slope: Tensor,
+    scales: tuple[float, float, float],
+    rounding: FixedPointRounding = "double",
+) -> Tensor:
+    """Multiply negative codes by codes of slopes (PRELU); all without zero points.
+
+    Args:
+        x: Codes.
+        slope: Codes that broadcast to ``x``.
+        scales: Of ``x``, the slopes and the result.
+        rounding: Of fixed-point products.
+
+    Returns:
+        Codes of the result, not clamped, in int64.
+    """
+    scale_x, scale_w, scale_o = map(_float32, scales)
+    positive = quantize_multiplier(scale_x / scale_o)
+    negative = quantize_multiplier(scale_x * scale_w / scale_o)
+    whole = x.long()
+    return torch.where(
+        whole >= 0,
+        multiply_by_quantized_multiplier(whole, *positive, rounding),
+        multiply_by_quantized_multiplier(whole * slope.long(), *negative, rounding),
+    )
+
+
+def leaky_relu(
+    x: Tensor,
+    slope: float,
+    scales: tuple[float, float],
+    rounding: FixedPointRounding = "double",
+) -> Tensor:
+    """Multiply negative codes by a number; all without zero points.
+
+    Args:
+        x: Codes.
+        slope: The number, a float32.
+        scales: Of ``x`` and the result, whose ratios are float32 numbers.
+        rounding: Of fixed-point products.
+
+    Returns:
+        Codes of the result, not clamped, in int64.
+    """
+    scale_x, scale_o = (np.float32(scale) for scale in scales)
+    positive = quantize_multiplier(float(scale_x / scale_o))
+    negative = quantize_multiplier(abs(float(scale_x * np.float32(slope) / scale_o)))
+    whole = x.long()
+    below = multiply_by_quantized_multiplier(whole, *negative, rounding)
+    return torch.where(
+        whole >= 0,
+        multiply_by_quantized_multiplier(whole, *positive, rounding),
+        -below if slope < 0 else below,
+    )
 
 
 def logistic(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -280,6 +385,18 @@ def softmax(x: Tensor, scale: float, beta: float = 1.0) -> Tensor:
     return _codes(torch.where(near, codes, LOW))
 
 
+def softmax_in_float(x: Tensor, scale: float) -> Tensor:
+    """Return :func:`softmax` by a table of float32 exponentials, as desktop builds do.
+
+    Which order such a build adds in is not known for sure, nor is its ``exp``.
+    """
+    distance = x.long().amax(-1, keepdim=True) - x.long()
+    table = torch.exp(torch.arange(512, device=x.device).float() * -_float32(scale))
+    terms = table[distance]
+    total = terms.sum(-1, keepdim=True) * 2.0**-8
+    return _codes(half_away(terms * (1.0 / total)) + LOW)
+
+
 def log_softmax(x: Tensor, scale: float, beta: float = 1.0) -> Tensor:
     """Return the log-softmax of int8 codes over the last axis, at scale 16/256, zero point 127."""
     m, shift = _softmax_multiplier(scale, beta)
@@ -305,6 +422,48 @@ def _exponentials(distance: Tensor, near: Tensor, m: int, shift: int) -> tuple[T
     terms = exp_on_negative(scaled, _SOFTMAX_INPUT)
     counted = torch.where(near, rescale(terms, 0, _SOFTMAX_SUM), 0)
     return terms, counted.sum(-1, keepdim=True)
+
+
+def resize_bilinear(
+    x: Tensor, size: tuple[int, int], align_corners: bool, zero_point: int
+) -> Tensor:
+    """Interpolate codes ``[N, C, H, W]`` with positions of 10 fraction bits.
+
+    Args:
+        x: Codes without their zero point.
+        size: Of the result.
+        align_corners: Whether the outermost centers stay; otherwise pixels have half centers.
+        zero_point: Of the codes; halves of stored codes go away from zero.
+
+    Returns:
+        Codes without zero point, in int64.
+    """
+    mixed = x.long() + zero_point
+    for dim, target in zip((2, 3), size, strict=True):
+        first, second, far = (
+            torch.tensor(values, device=x.device)
+            for values in _taps(x.shape[dim], target, align_corners)
+        )
+        shares = far.view(-1, *[1] * (3 - dim))
+        near, next_ = mixed.index_select(dim, first), mixed.index_select(dim, second)
+        mixed = near * (1024 - shares) + next_ * shares
+    nudge = torch.where(mixed > 0, 2**19, -(2**19))
+    return torch.div(mixed + nudge, 2**20, rounding_mode="trunc") - zero_point
+
+
+def _taps(source: int, target: int, align_corners: bool) -> tuple[list[int], list[int], list[int]]:
+    """Return the two neighbours of each place, and the weights of the second ones."""
+    scale = (1024 * source + target // 2) // target
+    if align_corners and target > 1:
+        scale = (1024 * (source - 1) + (target - 1) // 2) // (target - 1)
+    first, second, far = [], [], []
+    for place in range(target):
+        position = place * scale + (0 if align_corners else scale // 2 - 512)
+        low = max(int(position / 1024), 0)
+        first.append(low)
+        second.append(min(int((position + 1023) / 1024), source - 1))
+        far.append(position - 1024 * low)
+    return first, second, far
 
 
 def l2_normalization(x: Tensor, zero_point: int) -> Tensor:
@@ -346,10 +505,16 @@ def hard_swish(x: Tensor, scales: tuple[float, float], zero_points: tuple[int, i
         scales: Of ``x`` and the result.
         zero_points: Likewise.
     """
+    centred = centred_hard_swish(x.long() - zero_points[0], scales)
+    return _codes(centred + zero_points[1])
+
+
+def centred_hard_swish(x: Tensor, scales: tuple[float, float]) -> Tensor:
+    """Return :func:`hard_swish` of codes without zero points, not clamped, in int64."""
     fine = float(np.float32(_float32(scales[0]) * np.float32(1.0 / 128.0)))
     m_o, shift_o = quantize_multiplier(float(np.float32(fine) / np.float32(scales[1])))
     m_r, shift_r = quantize_multiplier(float(np.float32(fine) / np.float32(3.0 / 32768.0)))
-    value = (x.long() - zero_points[0]) << 7
+    value = x.long() << 7
     scaled = _mul16(value, _to_16_bits(m_o))
     relu = value
     if shift_r > 0:
@@ -361,7 +526,7 @@ def hard_swish(x: Tensor, scales: tuple[float, float], zero_points: tuple[int, i
         relu = rounding_divide_by_power_of_two(relu, -shift_r)
     relu = (relu + 2**15) >> 1
     product = torch.div(relu * scaled, 2**15, rounding_mode="trunc").clamp(max=2**15 - 1)
-    return _codes(rounding_divide_by_power_of_two(product, -shift_o) + zero_points[1])
+    return rounding_divide_by_power_of_two(product, -shift_o)
 
 
 def _to_16_bits(m: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import ROUNDINGS, Rounder, round_value
 from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
     COMPLETE,
     TINY_FACTOR,
@@ -37,9 +37,11 @@ from lightning_linger.ops.folding import (
     mark_folded,
     running_bias,
     running_factor,
+    running_statistics,
     snapshot,
     uses_batch_statistics,
 )
+from lightning_linger.ops.groups import group_steps
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,24 @@ class WeightedOp(Op):
     needs_quantized_operand = False
     has_parameters = True
     learns_weight_ranges = True
+    rounds_parts_apart = True
+    # Of its result, counted from the end.
+    channel_dim = -1
 
     def parameters(self, call: Any) -> list[Any]:
         """The weight."""
         return [call.weight]
+
+    @torch.no_grad()
+    def parameters_in_use(self, site: Site, call: Any, step_x: Scalar | None) -> Parameters:
+        """Return the weight and bias that evaluation computes with, and the weight's step.
+
+        Args:
+            site: The site.
+            call: Its bound call.
+            step_x: Step of the input; None for the parameters before they are rounded.
+        """
+        return self._parameters(site, call, step_x)
 
     def apply(self, call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the torch function with other tensors in the place of the call's."""
@@ -303,9 +319,10 @@ class WeightedOp(Op):
         bias = None if call.bias is None else full(call.bias)
         bn: Any = site.active_fold
         if bn is not None:
-            factor = running_factor(bn)
+            mean, var = running_statistics(site, bn.running_mean, bn.running_var)
+            factor = running_factor(bn, var)
             weight = weight * self.per_channel(call, factor)
-            bias = running_bias(bn, bias, factor)
+            bias = running_bias(bn, mean, bias, factor)
         return self._constrained(site, call, weight, bias, step_x)
 
     def _constrained(
@@ -319,26 +336,37 @@ class WeightedOp(Op):
             return Parameters(weight, bias)
         grid = site.weight_grid
         in_codes = not site.gives_real_results
-        finest = finest_for_bias(bias, step_x, site.config.bias_bits) if in_codes else None
+        finest = None
+        if in_codes:
+            finest = finest_for_bias(bias, step_x, site.config.bias_bits, bias_headroom(site))
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
-        step_w = site.held("weight", weight_step(site, rows, finest))
-        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
+        step_w: Scalar
+        steps: Scalar
+        if site.has_groups:
+            vector = False
+            steps, step_w = group_steps(site, own, finest)
+        else:
+            step_w = site.held("weight", weight_step(site, rows, finest))
+            vector = isinstance(step_w, Tensor) and step_w.dim() > 0
+            steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_weight
-        if learned is not None and site.training:
+        rounds = "weights" not in site.floating
+        if rounds and learned is not None and site.training:
             parameter = self.per_channel(call, learned.value) if vector else learned.value
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
-        else:
+        elif rounds:
             weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
-        if bias is not None and in_codes:
-            limits_b = float32_code_limits(site.config.bias_bits)
-            bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
+        site.note("weight", call.weight, weight, step_w)
         if bias is not None:
+            limits_b = float32_code_limits(site.config.bias_bits)
+            if in_codes and "biases" not in site.floating:
+                bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
             bias = site.with_rounded_gradient("bias", bias)
+            site.note("bias", call.bias, bias, step_w * step_x)
         return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
 
     # --- evaluation -------------------------------------------------------------------------
@@ -349,6 +377,8 @@ class WeightedOp(Op):
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, COMPLETE) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag)
+        if site.fixed_point and tag.rounded and not site.floating:
+            return self._evaluate_kernel(site, call, with_tag(x, tag), prepared, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():
             differentiable = self._parameters(site, call, tag.step)
@@ -362,6 +392,21 @@ class WeightedOp(Op):
                 call, x.double(), weight.double(), None if bias is None else bias.double()
             )
         y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
+
+    def _evaluate_kernel(
+        self, site: Site, call: Any, x: Tensor, prepared: Prepared, tag: Tag
+    ) -> Tensor:
+        """Take the integer kernel's value, and the gradient of the real one."""
+        result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
+
+        def real() -> Tensor:
+            parameters = self._parameters(site, call, tag.step)
+            return self.apply(call, x, parameters.weight, parameters.bias)
+
+        with torch.no_grad():
+            codes = self.integer_kernel(site, call, integer_codes(x), prepared, result)
+        y = finish_codes(site, codes, result, tag.dtype, real)
         return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     def _evaluate_codes(
@@ -403,7 +448,7 @@ class WeightedOp(Op):
                 weight=weight,
                 bias=bias,
                 in_codes=in_codes,
-                codes=codes.to(payload_dtype(site.weight_bits)),
+                codes=codes.to(payload_dtype(site.weight_code_bits)),
                 bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
                 steps=[float(s) for s in step_w.flatten()],
                 scale_x=step_x,
@@ -436,7 +481,7 @@ class WeightedOp(Op):
 
     def _gives_codes(self, site: Site) -> bool:
         """Whether dividing by the output step is exact and nothing needs the real values."""
-        if site.output is None or site.output.grid.rounding != "half_up":
+        if site.output is None or site.output.grid.rounding != "half_up" or site.floating:
             return False
         limits = site.active_limits
         dynamic = (
@@ -471,11 +516,25 @@ def _with_image(site: Site, call: Any) -> Any:
     return call._replace(input=site.image(call.input).to(call.weight.dtype))
 
 
-def finest_for_bias(bias: Tensor | None, step_x: Scalar, bits: int) -> Tensor | None:
-    """Return the finest weight step, per channel, at which the bias fits its codes."""
+def finest_for_bias(
+    bias: Tensor | None, step_x: Scalar, bits: int, headroom: float = 1.0
+) -> Tensor | None:
+    """Return the finest weight step, per channel, at which the bias fits its codes.
+
+    Args:
+        bias: ``[C]``, or None.
+        step_x: Step of the input.
+        bits: Width of the bias.
+        headroom: How many times the bias has to fit.
+    """
     if bias is None:
         return None
-    return bias.detach().abs().float() / (step_x * float32_code_limits(bits)[1])
+    return bias.detach().abs().float() * headroom / (step_x * float32_code_limits(bits)[1])
+
+
+def bias_headroom(site: Site) -> float:
+    """Return what part of the bias codes is left to the sum: TFLite's converter keeps half."""
+    return 2.0 if site.fixed_point else 1.0
 
 
 def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
@@ -496,7 +555,7 @@ def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
     low, high = (int(bound) for bound in output.code_bounds(step))
     if not _only_caps(site):
         low, high = _limited_codes(site, step, low, high)
-    return IntegerResult(step, output.grid.bits, low, high, output.tag(step, tag.dtype))
+    return IntegerResult(step, output.grid.code_bits, low, high, output.tag(step, tag.dtype))
 
 
 def _only_caps(site: Site) -> bool:
@@ -640,6 +699,8 @@ def finish(
     if not (quantized and site.output is not None and static):
         y = site.limit_output(y)
     if not quantized:
+        if site.watching:
+            site.watch_result(y)
         return y.to(dtype)
     if site.output is None:
         if site.config is not None and site.config.output_bits == 32 and product is not None:
@@ -650,6 +711,38 @@ def finish(
         site.output.observe(y, cap)
     step = site.output.step(minimum_step(site, product))
     return site.output.round(y, step, dtype, overwrite=not capturing())
+
+
+def finish_codes(
+    site: Site,
+    codes: Tensor,
+    result: IntegerResult,
+    dtype: torch.dtype,
+    real: Callable[[], Tensor],
+) -> Tensor:
+    """Return what an integer kernel produced as the site's result, in evaluation.
+
+    Args:
+        site: The site.
+        codes: Codes, or real values if ``result`` asks for them.
+        result: What the kernel had to produce.
+        dtype: The dtype the model expects.
+        real: The float function, for its gradient.
+    """
+    integers = site.switches.system == "integer"
+    if result.tag is None:
+        value = site.limit_output(codes).to(dtype)
+    elif integers:
+        value = codes
+    else:
+        wide = codes.double() if result.bits > WIDEST_OPERAND else codes.to(dtype)
+        value = (wide * result.scale).to(dtype)
+    if torch.is_grad_enabled() and not integers:
+        carrier = site.limit_output(real())
+        if result.tag is not None:
+            carrier = carrier.clamp(result.low * result.scale, result.high * result.scale)
+        value = straight_through(value, carrier.to(dtype))
+    return value if result.tag is None else with_tag(value, result.tag)
 
 
 def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:

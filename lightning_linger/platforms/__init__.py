@@ -2,6 +2,7 @@
 
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.platform import Platform, register_platform
+from lightning_linger.platforms.tflite import VARIANTS
 
 _NO_CLIP = "a ReLU, and a range limit on the layer before it"
 _NO_3D = "the two-dimensional layer on a reshaped input"
@@ -105,6 +106,7 @@ PLATFORMS: dict[str, Platform] = {
             engine_name="onnxruntime",
             zero_point=128,
         ),
+        *VARIANTS,
         # Cambricon's MLU: where it rounds ties to is said nowhere; this is torch's rule.
         Platform(
             name="mlu",

@@ -9,11 +9,13 @@ from lightning_linger.presets.cambricon import cambricon_config
 from lightning_linger.presets.catch_spec import calibration_of
 from lightning_linger.presets.linger import linger_config
 from lightning_linger.presets.nics_fix import nics_fix_config
+from lightning_linger.presets.tflite import tflite_config
 
 PRESETS: dict[str, Callable[..., QuantConfig]] = {
     "cambricon": cambricon_config,
     "linger": linger_config,
     "nics_fix": nics_fix_config,
+    "tflite": tflite_config,
 }
 
 

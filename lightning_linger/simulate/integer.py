@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_linger.core.errors import NotReadyError
+from lightning_linger.core.errors import NotReadyError, UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 
 
@@ -24,6 +24,7 @@ def integer(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         NotReadyError: If the quantize stage is off, or the model is in training mode.
+        UnsupportedError: If a part of a quantized site is left in float.
     """
     with number_system(model, "integer"):
         yield model
@@ -42,9 +43,21 @@ def number_system(model: nn.Module, system: str) -> Iterator[None]:
     if model.training:
         msg = "the model is in training mode. Call `model.eval()` first."
         raise NotReadyError(msg)
+    if system == "integer":
+        _require_integers(model)
     before = switches.system
     switches.system = system
     try:
         yield
     finally:
         switches.system = before
+
+
+def _require_integers(model: nn.Module) -> None:
+    for site in instrumentation_of(model).sites:
+        if site.floating and site.quantized:
+            msg = (
+                f"`{site.key}`: its {', '.join(sorted(site.floating))} are left in float, so there "
+                "are no integers. Round them again: `nics_fix.set_fix_method(model, FIX_AUTO)`."
+            )
+            raise UnsupportedError(msg)

@@ -144,7 +144,7 @@ class QuantError(_PerSite):
 
     def rows(self) -> list[QuantErrorRow]:
         """Return one row per site that was updated; a single transfer from the device."""
-        table = self.compute().tolist()
+        table = _over_ranks(self).tolist()
         return [
             QuantErrorRow(site, *values[:-1])
             for site, values in zip(self.sites, table, strict=True)
@@ -279,7 +279,7 @@ class Divergence(_PerSite):
         """Return one row per site that was updated; a single transfer from the device."""
         return [
             DivergenceRow(site, *(round(v) for v in values[:5]), *values[5:])
-            for site, values in zip(self.sites, self.compute().tolist(), strict=True)
+            for site, values in zip(self.sites, _over_ranks(self).tolist(), strict=True)
             if values[0] > 0
         ]
 
@@ -353,12 +353,20 @@ class OutputError(Metric):
 
     def row(self) -> OutputRow | None:
         """Return what was found, None without an update; a single transfer from the device."""
-        if not self.update_called:
-            return None
-        elements, share, sqnr, decisions, changed = self.compute().tolist()
+        elements, share, sqnr, decisions, changed = _over_ranks(self).tolist()
         if not elements:
             return None
         return OutputRow(round(elements), share, sqnr, round(decisions), changed)
+
+
+def _over_ranks(metric: Metric) -> Tensor:
+    """Compute over all ranks, in which those without data take part.
+
+    ``metric.compute()`` would warn there that nothing was seen.
+    """
+    with metric.sync_context():
+        computed: Tensor = type(metric).compute(metric)
+    return computed
 
 
 def _wide(x: Tensor) -> Tensor:

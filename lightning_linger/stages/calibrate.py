@@ -92,8 +92,7 @@ def calibrate(
     with learning_ranges(model):
         for batch in with_progress(limited, "Calibrating"):
             check_example(batch)
-            args, kwargs = _inputs_of(batch)
-            model(*args, **kwargs)
+            run_batch(model, batch)
             observed += 1
     if batches is not None and next(given, _NOTHING) is not _NOTHING:
         of = f" of {len(loader)}" if isinstance(loader, Sized) else ""
@@ -120,6 +119,18 @@ def learning_ranges(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         instrumentation.thaw()
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch of calibration data.
+
+    Args:
+        model: The model.
+        batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
+            inputs.
+    """
+    args, kwargs = _inputs_of(batch)
+    model(*args, **kwargs)
 
 
 def settle(model: nn.Module) -> None:

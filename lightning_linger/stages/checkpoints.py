@@ -29,6 +29,7 @@ from lightning_linger.core.recipe import (
     value_from_plain,
 )
 from lightning_linger.core.registry import op_of
+from lightning_linger.core.sharding import class_name
 from lightning_linger.stages.firstconv import take_raw_images
 from lightning_linger.stages.fuse_bn import plan_fuse_bn
 from lightning_linger.stages.normalize import plan_normalize
@@ -252,7 +253,7 @@ def _plan(model: nn.Module, recipe: Mapping[str, Any]) -> None:
 
 
 def _require_same_modules(model: nn.Module, owners: Mapping[str, str]) -> None:
-    here = {path: type(module).__name__ for path, module in model.named_modules()}
+    here = {path: class_name(module) for path, module in model.named_modules()}
     differing = [
         f"`{path}` is {there} in the checkpoint and {here.get(path, 'missing')} here"
         for path, there in owners.items()

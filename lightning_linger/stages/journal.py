@@ -23,6 +23,7 @@ def log_switch(model: nn.Module, stage: str, before: bool, on: bool) -> None:
         {
             "fuse_bn": site.fold is not None,
             "normalize": site.limits is not None,
+            "observe": site.quantized,
             "quantize": site.quantized,
         }[stage]
         for site in sites

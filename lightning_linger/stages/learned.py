@@ -19,9 +19,10 @@ def learned_ranges(model: nn.Module) -> dict[str, nn.Parameter]:
     if own is None:
         return {}
     return {
-        f"{STATE_NAME}.{path}.value": module.value
+        f"{STATE_NAME}.{path}.{name}": parameter
         for path, module in own.named_modules()
         if isinstance(module, LearnedScale)
+        for name, parameter in module.named_parameters()
     }
 
 

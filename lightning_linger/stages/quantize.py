@@ -16,7 +16,7 @@ from lightning_linger.core.graph import Node, TensorSpec
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.noise import Noise
-from lightning_linger.core.platform import Platform, rounding_of
+from lightning_linger.core.platform import Platform, rounding_of, symmetry_of
 from lightning_linger.core.quantizer import Quantizer, Window
 from lightning_linger.core.ranges import LearnedScale, RangeRule
 from lightning_linger.core.registry import op_of
@@ -64,6 +64,15 @@ def switch_quantize(model: nn.Module, on: bool) -> nn.Module:
     instrumentation.switches.quantize = on
     instrumentation.thaw()
     log_switch(model, "quantize", before, on)
+    return model
+
+
+def switch_watch(model: nn.Module, on: bool) -> nn.Module:
+    """Let float forwards in training mode move planned ranges, ahead of quantization, or not."""
+    instrumentation = instrumentation_of(model)
+    before = instrumentation.switches.watch
+    instrumentation.switches.watch = on
+    log_switch(model, "observe", before, on)
     return model
 
 
@@ -212,6 +221,9 @@ class _Planner:
         platform = platform_of(config.platform)
         if platform.layers_only and not isinstance(site.op, WeightedOp):
             reason = reason or f"platform {platform.name!r} quantizes layers only"
+        kept = platform.stays_float.get(site.op.variant(call))
+        if kept is not None:
+            reason = reason or f"platform {platform.name!r}: {kept}"
         if reason is not None or fields is None:
             site.config, site.why_float = None, reason
             return False
@@ -224,11 +236,12 @@ class _Planner:
             self._add_parameter_gradients(site)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
-        if site.op.output_scale == "inputs":
+        if site.op.scale_source(platform) == "inputs":
             return True
         bits = config.output_bits
         if bits is not None and bits <= WIDEST_OPERAND and site.output is None:
             known = site.op.output_range(call, config, platform)
+            self._refuse_forced_range(site, known, platform, fields)
             site.output = self._quantizer(site, site.key, bits, known)
         return bits is not None and bits <= WIDEST_OPERAND
 
@@ -284,6 +297,13 @@ class _Planner:
             raise UnsupportedError(msg)
         granularity = config.granularity or platform.granularity
         scale = config.scale or platform.scale
+        if config.symmetry == "affine" and platform.symmetry != "affine":
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} has no zero points, it needs "
+                "symmetry='symmetric'. Found: 'affine'."
+            )
+            raise ConfigError(msg)
+        self._refuse_groups(site, config, scale)
         if platform.right_shift_only and scale != "power_of_two":
             msg = (
                 f"`{site.key}`: platform {platform.name!r} shifts, it needs scale='power_of_two'. "
@@ -307,6 +327,45 @@ class _Planner:
                 msg = f"`{site.key}`: output_bits above 16 must be 32. Found: {config.output_bits}."
                 raise ConfigError(msg)
 
+    def _refuse_forced_range(
+        self, site: Site, known: Any, platform: Platform, fields: Fields
+    ) -> None:
+        """Refuse a range for a result whose scale and zero point the engine fixes."""
+        if isinstance(known, tuple) and fields is not None and "range" in fields:
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} fixes the scale and the zero point of "
+                f"{site.op.kind} (its range is {known}). Leave `range` out of its overrides."
+            )
+            raise ConfigError(msg)
+
+    def _refuse_groups(self, site: Site, config: QuantConfig, scale: str) -> None:
+        """Refuse scales of groups where an integer model could not have them."""
+        granularity = config.granularity
+        if not (granularity == "input_channel" or isinstance(granularity, int)):
+            return
+        where = f"`{site.key}`: granularity={granularity!r}"
+        if scale != "power_of_two":
+            msg = (
+                f"{where} needs scale='power_of_two': the steps within one sum have to be shifts "
+                f"apart. Found: {scale!r}."
+            )
+            raise ConfigError(msg)
+        if not site.op.groups_weights:
+            return
+        if config.strict_platform:
+            msg = f"{where}: no engine has scales of groups. Set strict_platform=False."
+            raise UnsupportedError(msg)
+        if RangeRule.parse_weight(config.weight_range).learned is not None:
+            msg = f"{where}: ranges of groups are not learned. Found: {config.weight_range!r}."
+            raise ConfigError(msg)
+        (weight,) = site.op.parameters(site.recorded_call)
+        if isinstance(granularity, int) and weight.shape[1] % granularity:
+            msg = (
+                f"{where}: its {weight.shape[1]} input channels do not part into groups of "
+                f"{granularity}. Choose a divisor, or another granularity by an override."
+            )
+            raise ConfigError(msg)
+
     def _add_input_quantizers(
         self, site: Site, call: Any, config: QuantConfig, platform: Platform, on_grid: set[int]
     ) -> None:
@@ -325,7 +384,11 @@ class _Planner:
             site.parts[name] = self._quantizer(site, f"{site.key}:{name}", bits, part.range)
 
     def _quantizer(
-        self, site: Site, name: str, bits: int, known_range: float | None = None
+        self,
+        site: Site,
+        name: str,
+        bits: int,
+        known_range: float | tuple[float, float] | None = None,
     ) -> Quantizer:
         config, platform = site.config, site.platform
         assert config is not None  # the plan has just set both
@@ -334,8 +397,14 @@ class _Planner:
         rounding = rounding_of(config, platform)
         # A range that is known, like a sigmoid's, comes with the step of its function.
         strict = config.strict_maximum and known_range is None
-        exclusive = platform.exclusive_powers
-        grid = Grid(bits, scale, rounding, strict=strict, exclusive=exclusive)
+        grid = Grid(
+            bits,
+            scale,
+            rounding,
+            strict=strict,
+            exclusive=platform.exclusive_powers,
+            symmetry=symmetry_of(config, platform, bits),
+        )
         kind = config.range if known_range is None else known_range
         learns, factor = site.op.learns_ranges, config.data_scale
         quantizer = Quantizer(name, grid, kind, learns=learns, factor=factor)

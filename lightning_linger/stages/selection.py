@@ -103,7 +103,8 @@ class Selection:
         }
         paths = list(modules)
         keys = [site.key for site in sites]
-        kinds = {type(module).__name__ for module in modules.values()} | set(supported_kinds())
+        classes = {base for module in modules.values() for base in type(module).__mro__}
+        kinds = {base.__name__ for base in classes} | set(supported_kinds())
         for pattern in (*(self.modules or ()), *self.overrides):
             if pattern.startswith(TYPE_PREFIX):
                 _require_known(pattern[len(TYPE_PREFIX) :], kinds, "type", pattern)
@@ -131,9 +132,9 @@ class Selection:
         if marked:
             return (fields, None) if fields is not None else (None, "marked on the module")
         for pattern, fields in self.overrides.items():
-            if pattern.startswith(TYPE_PREFIX) and _is_type(site, pattern[len(TYPE_PREFIX) :]):
+            if pattern.startswith(TYPE_PREFIX) and is_type(site, pattern[len(TYPE_PREFIX) :]):
                 return (fields, None) if fields is not None else (None, f"override {pattern!r}")
-        if self.types is not None and not any(_is_type(site, wanted) for wanted in self.types):
+        if self.types is not None and not any(is_type(site, wanted) for wanted in self.types):
             return None, "not in `types`"
         if self.modules is not None and not any(matches(site, p) for p in self.modules):
             return None, "not in `modules`"
@@ -170,7 +171,8 @@ def matches(site: Site, pattern: str) -> bool:
     return False
 
 
-def _is_type(site: Site, wanted: type[nn.Module] | str) -> bool:
+def is_type(site: Site, wanted: type[nn.Module] | str) -> bool:
+    """Whether a site's module is of a type, by class or name, or its op of a kind."""
     if isinstance(wanted, str):
         names = {base.__name__ for base in type(site.owner).__mro__}
         return wanted == site.op.kind or wanted in names

@@ -25,11 +25,14 @@ class SummaryRow:
             layer before it, ``merged`` into the quantizer before it, else ``float``.
         bits: ``weight/input/output`` widths, empty for float.
         scale_kind: ``power_of_two`` or ``free``, with ``/channel`` where each output channel of the
-            weight has a scale of its own; empty for float.
-        scale: Step of the output as a power of two or a number, empty while unknown.
+            weight has a scale of its own and ``affine`` where results have a zero point; empty for
+            float.
+        scale: Step of the output as a power of two or a number, and its zero point if it has one;
+            empty while unknown.
         range: Largest magnitude of the output seen so far, empty while unknown.
         stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
         why_float: Why it is not quantized, empty if it is.
+        platform: Whose arithmetic it has, empty for float.
     """
 
     site: str
@@ -41,6 +44,7 @@ class SummaryRow:
     range: str
     stage: str
     why_float: str
+    platform: str = ""
 
 
 class Summary(Table[SummaryRow]):
@@ -102,6 +106,7 @@ def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
         range=_range(site),
         stage=", ".join(stages),
         why_float=why,
+        platform=site.platform_name if bits else "",
     )
 
 
@@ -111,7 +116,7 @@ def _bits(site: Site) -> str:
     weight = str(site.weight_grid.bits) if site.weight_grid else "-"
     if site.output is not None:
         output = str(site.output.grid.bits)
-    elif site.op.output_scale == "inputs":
+    elif site.platform is not None and site.op.scale_source(site.platform) == "inputs":
         output = str(site.config.activation_bits)
     else:
         bits = site.config.output_bits
@@ -123,8 +128,9 @@ def _scale_kind(site: Site) -> str:
     grid = site.output.grid if site.output is not None else site.weight_grid
     if grid is None:
         return ""
-    per_channel = site.weight_grid is not None and site.granularity == "channel"
-    return f"{grid.scale_kind}/channel" if per_channel else grid.scale_kind
+    several = site.weight_grid is not None and (site.granularity == "channel" or site.has_groups)
+    kind = f"{grid.scale_kind}/{site.granularity}" if several else grid.scale_kind
+    return f"{kind} affine" if grid.affine else kind
 
 
 def _range(site: Site) -> str:
@@ -140,4 +146,6 @@ def _scale(site: Site) -> str:
     if step is None:
         step = float(site.output.wanted_step())
     exponent = math.log2(step)
-    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"
+    scale = f"2^{exponent:.0f}" if exponent.is_integer() else f"{step:.4g}"
+    zero_point = site.output.zero_point(step)
+    return scale if zero_point is None else f"{scale} zero {int(zero_point)}"

@@ -4,11 +4,13 @@ Lightning starts the second process, which runs this file again. Every scenario 
 of its rank; each rank writes one JSON file.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_linger as linger
@@ -32,6 +36,9 @@ from lightning_linger.callbacks import (
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
+from lightning_linger.core.recipe import decode, encode
+from lightning_linger.simulate.metrics import Divergence, OutputError
+from lightning_linger.stages.checkpoints import RECIPE_KEY
 from lightning_linger.stages.learned import learned_ranges
 from tests.callbacks.boring import CLASSES, Classifier, trainer
 
@@ -63,6 +70,26 @@ class Unused(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.spare = nn.Linear(2, 2)
+
+
+class Sharded(Classifier):
+    """Its layers are sharded in `configure_model`, a folded one together with its batch norm."""
+
+    units = (("stem", "bn"), ("conv",), ("fc",))
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for unit in self.units:
+            if not isinstance(getattr(self, unit[0]), FSDPModule):
+                fully_shard([getattr(self, name) for name in unit], mesh=mesh)
+        if not isinstance(self, FSDPModule):
+            fully_shard(self, mesh=mesh)
+
+
+class ShardedApart(Sharded):
+    """A batch norm is sharded apart from the layer before it."""
+
+    units = (("stem",), ("bn",), ("conv",), ("fc",))
 
 
 def data(batch_size: int) -> DataLoader[Any]:
@@ -213,6 +240,19 @@ def metrics(folder: Path) -> dict[str, Any]:
     }
 
 
+def without_data(_: Path) -> dict[str, Any]:
+    """Only rank 1 has seen values; rank zero, which would warn, has not."""
+    outputs, divergence = OutputError(), Divergence(["site"])
+    if dist.get_rank():
+        values = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+        outputs.update(values, values.flip(0))
+        divergence.update("site", 1.0, values, values + 1, values, values, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row, (site,) = outputs.row(), divergence.rows()
+    return {"outputs": dataclasses.asdict(row) if row else None, "max_lsb": site.max_lsb}
+
+
 def export(folder: Path) -> dict[str, Any]:
     class Writers(pl.Callback):
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -250,6 +290,52 @@ def resume(folder: Path) -> dict[str, Any]:
     }
 
 
+def parallel(in_pieces: bool = False, tensors: int = 1) -> Any:
+    return pl.strategies.ModelParallelStrategy(
+        data_parallel_size=RANKS // tensors,
+        tensor_parallel_size=tensors,
+        save_distributed_checkpoint=in_pieces,
+    )
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """Return weights and ranges, gathered where they are sharded."""
+    state = module.state_dict()
+    state[RECIPE_KEY] = encode(decode(state[RECIPE_KEY]), {})  # without blanks at its end
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """Sharded training is that of DDP, also when it is resumed, and its file a plain model's."""
+
+    def run(
+        name: str, strategy: Any, model: type[Classifier] = Sharded, ckpt: Path | None = None
+    ) -> tuple[Any, Classifier]:
+        saver = pl.callbacks.ModelCheckpoint(folder / name, filename="{epoch}", save_top_k=-1)
+        validators = [IntegerValidatorCallback(batches=1), QuantErrorCallback()]
+        quantize = QuantizeCallback(at_epoch=1, freeze_at_epoch=2)
+        others = [RNGStateCallback(), *validators, saver]
+        callbacks = [FuseBNCallback(), NormalizeCallback(), quantize, *others]
+        options = {"strategy": strategy, "epochs": 4, "ckpt": ckpt, "enable_checkpointing": True}
+        return fit(folder, callbacks, model, **options)
+
+    wanted = whole(run("ddp", "ddp", Classifier)[1])
+    found = {}
+    for in_pieces in (False, True):
+        kind = "pieces" if in_pieces else "file"
+        _, module = run(kind, parallel(in_pieces))
+        found[kind] = whole(module)
+        for epoch in (0, 1, 2):
+            name, ckpt = f"{kind} from {epoch}", folder / kind / f"epoch={epoch}.ckpt"
+            found[name] = whole(run(name, parallel(in_pieces), ckpt=ckpt)[1])
+    loaded = linger.load_checkpoint(Classifier, folder / "file" / "epoch=3.ckpt")
+    found["loaded"] = whole(loaded)
+    return {
+        name: [key for key in wanted if not torch.equal(wanted[key], state[key])]
+        for name, state in found.items()
+    }
+
+
 def condition(folder: Path) -> dict[str, Any]:
     """A condition that holds on rank 0 first."""
     on: list[bool] = []
@@ -265,17 +351,21 @@ def condition(folder: Path) -> dict[str, Any]:
     return {"on": on}
 
 
-def message(folder: Path, **options: Any) -> str:
+def message(folder: Path, callbacks: list[Any] | None = None, **options: Any) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the test reads the message
-        fit(folder, stages(), **options)
+        fit(folder, stages() if callbacks is None else callbacks, **options)
     return str(caught.value)
 
 
 def refused(folder: Path) -> dict[str, Any]:
-    parallel = pl.strategies.ModelParallelStrategy()
+    learned = QuantizeCallback(range="tqt")
+    export = ONNXExportCallback(folder / "model.onnx")
     return {
         "sync_batchnorm": message(folder, sync_batchnorm=True),
-        "model parallel": message(folder, strategy=parallel),
+        "sharded apart": message(folder, strategy=parallel(), model=ShardedApart),
+        "learned": message(folder, [learned], strategy=parallel(), model=Sharded),
+        "export": message(folder, [*stages(), export], strategy=parallel(), model=Sharded),
+        "tensor parallel": message(folder, strategy=parallel(tensors=RANKS), model=Sharded),
     }
 
 
@@ -292,8 +382,10 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "estimators": estimators,
     "learned by chance": learned_by_chance,
     "metrics": metrics,
+    "without data": without_data,
     "export": export,
     "resume": resume,
+    "sharded": sharded,
     "condition": condition,
     "refused": refused,
 }
@@ -303,6 +395,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
         place = folder / name.replace(" ", "-")
         place.mkdir(exist_ok=True)
         try:

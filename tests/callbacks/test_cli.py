@@ -129,6 +129,10 @@ def test_a_stack_runs_in_the_cli_of_both_namespaces(name: str) -> None:
 EVERYTHING: list[dict[str, Any]] = [
     {"class_path": "FuseBNCallback", "init_args": {"mode": "batch", "modules": ["conv"]}},
     {
+        "class_path": "EqualizeCallback",
+        "init_args": {"at_epoch": 0, "factors": "free", "absorb_bias": True, "modules": ["conv*"]},
+    },
+    {
         "class_path": "NormalizeCallback",
         "init_args": {
             "weight": "7*mean",
@@ -158,6 +162,11 @@ EVERYTHING: list[dict[str, Any]] = [
             "overrides": {"fc": {"weight_bits": 4}, "type:Conv2d": {"activation_bits": 7}},
             "allow_changes": True,
         },
+    },
+    {"class_path": "ReestimateBNCallback", "init_args": {"batches": 1, "keep_codes": False}},
+    {
+        "class_path": "AdaRoundCallback",
+        "init_args": {"batches": 1, "steps": 5, "sharpness": [10.0, 1.0], "modules": ["fc"]},
     },
     {"class_path": "StageSwitchCallback", "init_args": {"reset_patience": True}},
     {"class_path": "IntegerValidatorCallback", "init_args": {"batches": 2}},
@@ -213,6 +222,8 @@ def test_every_callback_can_be_named_in_yaml() -> None:
     """None is forgotten above: what has no place in such a stack is named here."""
     named = {entry["class_path"] for entry in EVERYTHING}
     elsewhere = {"CalibrateCallback", "DumpCallback", "HardwareCheckCallback", "OnPlateau"}
+    # AdaRound stands in its place.
+    elsewhere |= {"BiasCorrectionCallback"}
     assert named | elsewhere == set(ours.__all__)
 
 

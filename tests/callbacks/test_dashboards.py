@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -183,7 +185,10 @@ def test_the_run_is_a_row_of_hparams(shown: Shown) -> None:
         content[metadata.EXPERIMENT_TAG].plugin_data.content
     )
     names = [metric.name.tag for metric in experiment.metric_infos]
-    assert names[:3] == ["metric/float", "metric/constrained", "metric/QAT"]
+    assert names[:4] == ["metric/float", "metric/constrained", "metric/QAT", "metric/integer"]
+    # Integers are those of the last epoch, and so is their accuracy.
+    (integer,) = shown.scalars("metric/integer").values()
+    assert integer == list(shown.scalars("metric/QAT").values())[-1]
 
 
 def test_the_worst_layers_are_a_table_with_advice(shown: Shown) -> None:
@@ -476,16 +481,86 @@ def test_aggregates_can_be_monitored_and_other_loggers_get_the_values(tmp_path: 
     assert "mismatch/fc/linear/0" in header
 
 
-def test_a_table_is_printed_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_closing_table_goes_to_the_log_and_nothing_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lightning_linger")
     run = trainer(tmp_path, [QuantizeCallback(), IntegerValidatorCallback(rows=2)], epochs=1)
+    capsys.readouterr()
     run.fit(Classifier(), loader(), loader(2))
-    printed = capsys.readouterr().out
-    assert "Integer model: 0 of" in printed
-    assert "SQNR" in printed
+    printed = capsys.readouterr()
+    assert "Integer model" not in printed.out + printed.err
+    (table,) = [text for text in caplog.messages if "Integer model" in text]
+    assert table.startswith("Integer model: 0 of")
+    assert len(table.splitlines()) == 2 + 2
+
+
+def test_tensorboard_has_the_closing_table(shown: Shown) -> None:
+    (text,) = shown.events.Tensors("integer_model/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0].startswith("    Integer model: 0 of")
+    assert text.step == EPOCH_ENDS[-1]
+
+
+class Counting(Classifier):
+    """Logs in every way that Lightning knows, and at the end of the epoch too."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.seen: list[torch.Tensor] = []
+        self.later = torchmetrics.Accuracy("multiclass", num_classes=4)
+
+    def validation_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        x, y = batch
+        logits = self(x)
+        self.seen.append(logits)
+        self.accuracy(logits, y)
+        self.later.update(logits, y)
+        self.log("val_accuracy", self.accuracy)
+        self.log_dict({"val_loss": self.criterion(logits, y)})
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_later", self.later.compute())
+        self.later.reset()
+
+
+def test_the_integer_model_is_measured_as_the_user_measures(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    # Free scales: the integer model is another one.
+    callbacks = [
+        QuantizeCallback(platform="onnxruntime", weight_bits=3, output_bits=3),
+        IntegerValidatorCallback(),
+    ]
+    pl.seed_everything(2, verbose=False)
+    model, data = Counting(), loader(3, batch_size=5, shuffle=False)
+    run = trainer(tmp_path, callbacks, epochs=2, logger=logger)
+    run.fit(model, loader(), data)
+    seen, later = len(model.seen), model.later.update_count
+    model.eval()
+    _, labels = data.dataset.tensors
+    with torch.no_grad(), linger.integer(model):
+        logits = torch.cat([model(x) for x, _ in data])
+    expected = (logits.argmax(1) == labels).float().mean().item()
+    metrics = read_run(Path(logger.log_dir)).metrics_by_stage()["integer"]
+    assert metrics["val_accuracy"] == pytest.approx(expected)
+    assert metrics["val_later"] == pytest.approx(expected)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert metrics["val_loss"] == pytest.approx(loss, rel=1e-5)
+    # The user's own lists and metrics know nothing of it.
+    assert (seen, later) == (2 * 3 + 2, 0)
+
+
+def test_the_integer_metric_can_be_left_out(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    callbacks = [QuantizeCallback(), IntegerValidatorCallback(final_metric=False)]
+    trainer(tmp_path, callbacks, epochs=1, logger=logger).fit(
+        Classifier(), loader(), loader(1, shuffle=False)
+    )
+    assert "integer" not in read_run(Path(logger.log_dir)).metrics_by_stage()
 
 
 def test_validation_is_not_repeated(tmp_path: Path) -> None:
-    class Counting(Classifier):
+    class Steps(Classifier):
         steps = 0
 
         def validation_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
@@ -493,8 +568,9 @@ def test_validation_is_not_repeated(tmp_path: Path) -> None:
             return super().validation_step(batch, batch_idx)
 
     pl.seed_everything(0, verbose=False)
-    model = Counting()
-    callbacks = [QuantizeCallback(), IntegerValidatorCallback(), QuantErrorCallback()]
+    model = Steps()
+    watching = [IntegerValidatorCallback(final_metric=False), QuantErrorCallback()]
+    callbacks = [QuantizeCallback(), *watching]
     run = trainer(tmp_path, callbacks, epochs=1, num_sanity_val_steps=0)
     run.fit(model, loader(), loader(2))
     assert model.steps == 2

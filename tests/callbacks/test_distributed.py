@@ -51,7 +51,7 @@ def alone(folder: Path, callbacks: list[Any], **kwargs: Any) -> Plain:
     return module
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path) -> None:
     run_script(Path(distributed_run.__file__), str(tmp_path))
     first, second = (
         json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(RANKS)
@@ -79,9 +79,18 @@ def test_two_processes(tmp_path: Path) -> None:
         assert len(set(weights)) == len(weights) == 3 * distributed_run.BATCHES, name
     assert first["resume"] == {"0": [], "1": []}
     assert first["condition"] == {"on": [False, True, True]}
-    assert first["refused"].keys() == {"sync_batchnorm", "model parallel"}
-    assert "replaces every batch norm" in first["refused"]["sync_batchnorm"]
-    assert "shards the parameters" in first["refused"]["model parallel"]
+    assert first["sharded"].keys() > {"file", "pieces", "file from 1", "pieces from 1", "loaded"}
+    assert not any(first["sharded"].values()), "sharded training differs from DDP"
+    said = {
+        "sync_batchnorm": "replaces every batch norm",
+        "sharded apart": "`bn` cannot be folded into `stem`",
+        "learned": "nobody would reduce their gradients",
+        "export": "works on the whole model",
+        "tensor parallel": "a part of its weight",
+    }
+    assert first["refused"].keys() == said.keys()
+    for name, words in said.items():
+        assert words in first["refused"][name], first["refused"][name]
 
     # -40 comes from rank 0 in a batch that is not finite on rank 1, so it is left out.
     assert first["estimators"]["minmax"] == [-12.0, 9.0, 2]
@@ -107,6 +116,9 @@ def test_two_processes(tmp_path: Path) -> None:
     assert limited.keys() == first["dynamic limits"]["ranges"].keys()
     for name, bound in limited.items():
         assert first["dynamic limits"]["ranges"][name] == pytest.approx(bound, rel=1e-5)
+
+    assert first["without data"]["max_lsb"] == 1
+    assert first["without data"]["outputs"]["changed"] == 1.0
 
     # Two batches of 4 images on each rank, 4 classes.
     counted = {site: elements for site, elements, _ in first["metrics"]["divergence"]}

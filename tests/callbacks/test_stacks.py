@@ -58,6 +58,7 @@ def test_there_are_stacks() -> None:
         "nics_fix",
         "onnxruntime_int8",
         "ptq_int8",
+        "tflite_int8",
         "two_stage_int8",
     }
 

@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[Run, str]] = {
     ),
     "too many data": (
         verified("--ckpt", file("quantized.ckpt"), "--data", file("data.npz"), file("data.npy")),
-        "the graph's inputs are ['x']; --data holds ['x'] by name and 1 arrays without",
+        "the inputs are ['x']; --data holds ['x'] by name and 1 arrays without",
     ),
     "a float checkpoint": (
         verified("--ckpt", file("folded.ckpt"), "--data", file("data.npz")),

@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
+from lightning_linger.analysis.sensitivity import SensitivityRow, read_sensitivities
 from lightning_linger.cli import main
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.dashboard.records import RunRecord
 from lightning_linger.dashboard.report import report_html
 from lightning_linger.dashboard.run_log import FILE_NAME, RunLog
-from lightning_linger.dashboard.sensitivity import (
-    SensitivityRow,
-    read_sensitivities,
-    suggest_bits,
-)
+from lightning_linger.dashboard.sensitivity import suggest_bits
 from tests.browser import chromium, wait
 from tests.dashboard.runs import ADD, CONV, FC, STEM, run
 

@@ -113,6 +113,92 @@ def test_an_op_in_real_values_leaves_integers():
     assert found.leaves[0] == f"r ({GRID}): node 'ReduceSum_n' (ReduceSum)"
 
 
+UNIT = ["one", "zero"]
+CODES = [
+    node("QuantizeLinear", ["x", "s", "zero"], ["q"]),
+    node("DequantizeLinear", ["q", *UNIT], ["c"]),
+]
+
+
+def on_codes(nodes, outputs="y", **kinds):
+    """A graph that takes codes for the numbers that they are."""
+    constants = {"s": np.float32(0.5), "t": np.float32(0.25), "one": np.float32(1)}
+    constants |= {"zero": np.uint8(128), "count": np.float32(4), "axes": np.int64([1])}
+    return inspect_model(model_of([*CODES, *nodes], "x", outputs, constants, **kinds))
+
+
+AVERAGE = [
+    node("ReduceSum", ["c", "axes"], ["sum"]),
+    node("Div", ["sum", "count"], ["average"]),
+    node("QuantizeLinear", ["average", *UNIT], ["p"]),
+]
+
+
+def test_an_exact_average_is_computed_in_integers():
+    found = on_codes([*AVERAGE, node("DequantizeLinear", ["p", "t", "zero"], ["y"])])
+    step = "uint8 step 0.25 zero 128"
+    assert [(row.op, row.does, row.reads, row.gives) for row in found.chain] == [
+        ("QuantizeLinear", "enters", "", GRID),
+        ("ReduceSum", "integer", GRID, ""),
+        ("Div", "integer", "", step),
+        ("DequantizeLinear", "leaves", step, ""),
+    ]
+    assert found.leaves == [f"y ({step}): the output 'y'"]
+
+
+def test_the_step_of_codes_is_what_their_reader_says():
+    moved = [
+        node("Flatten", ["p"], ["f"]),
+        node("DequantizeLinear", ["f", "t", "zero"], ["y"]),
+    ]
+    gives = [row.gives for row in on_codes([*AVERAGE, *moved]).chain]
+    assert gives[2:4] == ["uint8 step 0.25 zero 128"] * 2
+    pooled = [
+        node("AveragePool", ["c"], ["a"], kernel_shape=[2]),
+        node("QuantizeLinear", ["a", *UNIT], ["p"]),
+        node("DequantizeLinear", ["p", *UNIT], ["r"]),
+        node("ArgMax", ["r"], ["y"]),
+    ]
+    found = on_codes(pooled, y=onnx.TensorProto.INT64)
+    assert [(row.op, row.does, row.gives) for row in found.chain] == [
+        ("QuantizeLinear", "enters", GRID),
+        ("AveragePool", "integer", GRID),
+        ("ArgMax", "integer", ""),
+    ]
+    assert found.leaves == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "does"),
+    [
+        # Numbers that are given to the user are real values.
+        ([node("Sqrt", ["c"], ["y"])], ["leaves", "float"]),
+        # So are numbers that meet real values on the way.
+        (
+            [
+                node("Sqrt", ["c"], ["r"]),
+                node("Mul", ["r", "x"], ["m"]),
+                node("QuantizeLinear", ["m", *UNIT], ["p"]),
+                node("DequantizeLinear", ["p", "t", "zero"], ["y"]),
+            ],
+            ["leaves", "float", "float", "enters", "leaves"],
+        ),
+        # One of two readers is enough to leave integers.
+        (
+            [
+                *AVERAGE,
+                node("DequantizeLinear", ["p", "t", "zero"], ["y"]),
+                node("Exp", ["sum"], ["z"]),
+            ],
+            ["leaves", "float", "integer", "leaves", "float"],
+        ),
+    ],
+)
+def test_numbers_that_stay_real_leave_integers(nodes, does):
+    outputs = "yz" if any("z" in found.output for found in nodes) else "y"
+    assert [row.does for row in on_codes(nodes, outputs).chain][1:] == does
+
+
 def test_other_files():
     plain = inspect_model(model_of([node("Relu", ["x"], ["y"])], "x", "y"))
     assert (plain.dialect, plain.platform, plain.leaves) == ("onnx", "", [])

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -463,6 +464,106 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     model = linger.prepare(ResNet(), (images(),))
     with pytest.raises(linger.ConfigError, match=r"the folder '.*none' does not exist\. Create it"):
         linger.export_onnx(model, (images(),), tmp_path / "none" / "m.onnx")
+
+
+# --- sizes that are baked in --------------------------------------------------------------------
+
+
+def named(m: Any, x: Tensor) -> Tensor:
+    return m.fc(m.conv(x).view(4, -1))
+
+
+def given_by(m: Any, x: Tensor) -> Tensor:
+    return m.fc(m.conv(x).view(x.shape[0], -1))
+
+
+def rolled(m: Any, x: Tensor) -> Tensor:
+    return torch.roll(F.relu(m.conv(x)), 1, 1).view(x.shape[0], 2, -1)
+
+
+def folded(m: Any, x: Tensor) -> Tensor:
+    return torch.roll(m.conv(x), 1, 1).view(-1, 64)
+
+
+def unpacked(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return torch.cat([y[i].flatten().view(1, -1) for i in range(y.shape[0])])
+
+
+def baked(
+    forward: Callable[..., Tensor], platform: str = "onnxruntime"
+) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8, 8)
+    layers = {"conv": nn.Conv2d(2, 2, 3, padding=1), "fc": nn.Linear(128, 5)}
+    return quantized(Lambda(forward, **layers), x, platform=platform), x
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (named, r"mat1 and mat2 shapes cannot be multiplied"),
+        (lambda m, x: m.conv(x).view(4, 128), r"shape '\[4, 128\]' is invalid"),
+        (
+            lambda m, x: m.conv(x) + torch.zeros(4, 1, 1, 1),
+            r"The size of tensor a \(\d+\) must match",
+        ),
+    ],
+)
+def test_a_size_that_is_written_into_the_model_is_named(
+    forward: Callable[..., Tensor], reason: str, tmp_path: Path
+) -> None:
+    model, x = baked(forward)
+    linger.export_onnx(model, (x,), tmp_path / "m.onnx", "qdq")
+    here = rf"test_options\.py:\d+: {reason}"
+    axes = {"input_0": {0: "batch"}}
+    with pytest.raises(
+        linger.UnsupportedError,
+        match=rf"'batch' cannot stay open: with batch=8, for input_0 \[8, 2, 8, 8\].*{here}.*4, is",
+    ):
+        linger.export_onnx(model, (x,), tmp_path / "open.onnx", "qdq", dynamic_axes=axes)
+    if "tensor a" not in reason:  # one sample is added to four
+        with pytest.raises(
+            linger.UnsupportedError,
+            match=rf"the forward fails on input_0 \[1, 2, 8, 8\], at .*{here}.*`x.shape\[0\]` or",
+        ):
+            linger.export_onnx(model, (x[:1],), tmp_path / "one.onnx", "qdq")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("forward", "platform", "why"),
+    [
+        (rolled, "arcs", r"node '/view' \(Reshape\) holds that size: it reshapes to \[4, 2, -1\]"),
+        (unpacked, "arcs", r"(The output 'output' has 4 rows all|is baked in: node '/view)"),
+        (rolled, "onnxruntime", r"All that follows from it is baked in"),
+    ],
+)
+def test_files_of_one_size_are_not_run_on_others(
+    forward: Callable[..., Tensor], platform: str, why: str, size: int, tmp_path: Path
+) -> None:
+    model, x = baked(forward, platform)
+    dialect = "qdq" if platform == "onnxruntime" else "linger"
+    path = linger.export_onnx(model, (x,), tmp_path / "m.onnx", dialect)
+    assert_equal(path, dialect, model, x)
+    other = torch.randn(size, 2, 8, 8)
+    with pytest.raises(
+        linger.ConfigError,
+        match=rf"axis 0 of 'input_0' fixed at 4, and is given {size}\. .*{why}.*dynamic_axes=",
+    ):
+        engine_of(path, dialect)([other.numpy()])
+    with pytest.raises(linger.ConfigError):
+        engine_of(path, dialect)([x[0].numpy()])
+
+
+@pytest.mark.parametrize("forward", [folded, given_by])
+def test_other_sizes_are_run_where_nothing_depends_on_them(
+    forward: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    model, x = baked(forward, "arcs")
+    path = linger.export_onnx(model, (x,), tmp_path / "m.onnx", "linger")
+    assert_equal(path, "linger", model, torch.randn(6, 2, 8, 8))
 
 
 def test_a_fixed_batch_is_the_batch_of_the_file(tmp_path: Path) -> None:

@@ -125,8 +125,39 @@ def test_wrong_paths(tmp_path, program):
     with pytest.raises(linger.ConfigError, match="does not exist"):
         pack(path, tmp_path / "nowhere" / "a.pkg", packer)
     path.write_bytes(b"no graph")
-    with pytest.raises(linger.ConfigError, match="no ONNX file"):
+    with pytest.raises(linger.ConfigError, match="cannot read an ONNX model from"):
         pack(path, tmp_path / "a.pkg", packer)
+
+
+def test_damaged_files_never_reach_the_packer(tmp_path, program):
+    packer = program(SAYS_ARGUMENTS)
+    path = model(tmp_path)
+    damaged = onnx.load(path)
+    damaged.graph.node[0].input[0] = "nothing"
+    onnx.save(damaged, path)
+    with pytest.raises(linger.ConfigError, match="reads 'nothing', which nothing makes"):
+        pack(path, tmp_path / "a.pkg", packer)
+    onnx.save(onnx.ModelProto(), path)
+    with pytest.raises(linger.ConfigError, match="no ONNX graph with outputs"):
+        pack(path, tmp_path / "a.pkg", packer)
+    path = model(tmp_path, platform="arcs")
+    several = onnx.load(path)
+    other = several.graph.node.add()
+    other.CopyFrom(several.graph.node[0])
+    other.name, other.output[0], other.attribute[0].s = "the_other", "z", b"venus"
+    onnx.save(several, path)
+    with pytest.raises(linger.UnsupportedError, match="several platforms"):
+        pack(path, tmp_path / "a.pkg", packer)
+    assert not (tmp_path / "a.pkg").exists()
+
+
+def test_weights_in_a_file_of_their_own_are_left_to_the_packer(tmp_path, program):
+    path = model(tmp_path)
+    onnx.save(
+        onnx.load(path), path, save_as_external_data=True, location="weights", size_threshold=0
+    )
+    (tmp_path / "weights").unlink()
+    assert pack(path, tmp_path / "a.pkg", program(SAYS_ARGUMENTS)).path.exists()
 
 
 def test_a_command_that_does_not_start(tmp_path):

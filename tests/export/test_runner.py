@@ -289,7 +289,7 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(linger.ConfigError, match=r"model\.onnx"):
             OnnxIntegerRunner(path)
     model.graph.initializer[0].raw_data = b"short"
-    with pytest.raises(linger.ConfigError, match="the initializer 'w' cannot be read"):
+    with pytest.raises(linger.ConfigError, match="the tensor 'w' cannot be read"):
         OnnxIntegerRunner(model)
 
 

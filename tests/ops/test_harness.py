@@ -28,6 +28,7 @@ from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.capture import flat_tensors
 from lightning_linger.export.inspection import inspect_model
+from lightning_linger.platforms.tflite import TFLITE
 from tests.models import assert_integer_exact, train
 from tests.ops import operators_table
 from tests.ops.cases import ALL, Case
@@ -208,6 +209,35 @@ def test_fake_equals_integer_with_free_scales(case: Case) -> None:
         assert compared
 
 
+def stays_float_in_fixed_point(case: Case) -> bool:
+    """Whether the platform `tflite` leaves the op in float, with a reason."""
+    return case.kind in TFLITE.stays_float or case.why_float is not None
+
+
+def fits_what_is_stored(event: Event) -> None:
+    """Every code, its zero point added, fits the width that an engine stores."""
+    for x in tree_leaves(event.result):
+        tag = tag_of(x) if isinstance(x, Tensor) else None
+        if tag is not None and tag.affine and not x.dtype.is_floating_point and x.numel():
+            low, high = code_limits(tag.width)
+            stored = x.long() + tag.zero_point
+            assert low <= int(stored.min()), event.site.key
+            assert int(stored.max()) <= high, event.site.key
+            assert low <= tag.zero_point <= high, event.site.key
+
+
+@each_case
+def test_fake_equals_integer_in_fixed_point(case: Case) -> None:
+    if stays_float_in_fixed_point(case):
+        pytest.skip("it stays a float function")
+    for bits in (EIGHT, (8, 8, None), SIXTEEN, (8, 4, 8)):
+        model, inputs = prepared(case, "tflite", bits)
+        for x in both_inputs(case, inputs):
+            assert_integer_exact(model, *x, finite=case.finite)
+            with tapped(model, fits_what_is_stored), linger.integer(model), torch.no_grad():
+                model(*x)
+
+
 def as_real(x: Tensor) -> Tensor:
     """What the fake-quant forward has where integers flow: real values on the grid, tagged."""
     tag = tag_of(x)
@@ -324,15 +354,21 @@ def plain(x: Tensor) -> Tensor:
 def around(site: Site, operands: dict[int, Tensor]) -> list[dict[int, Tensor]]:
     """Return values a little off the grid, this way and that, to see where a gradient jumps.
 
-    An op that brings its operands to one scale compares them only so far as this scale can tell.
+    An op that brings its operands to one scale compares them only so far as this scale can tell,
+    and one that clamps has its edges on the grid.
     """
     steps = [float(tag.step) for tag in map(tag_of, operands.values()) if tag is not None]
-    compares = site.op.output_scale == "inputs" and len(operands) > 1
+    keeps = site.op.output_scale == "inputs"
+    compares = keeps and len(operands) > 1
     found = []
-    for _ in range(4 if compares else 1):
+    for _ in range(4 if keeps else 1):
         shifts = {
             key: torch.randn_like(x)
-            * (4 * max(steps) if compares else 1e-3 * x.detach().abs().max().clamp(min=1e-3))
+            * (
+                (4 if compares else 1) * max(steps)
+                if keeps
+                else 1e-3 * x.detach().abs().max().clamp(min=1e-3)
+            )
             for key, x in operands.items()
         }
         found += [{key: x + sign * shifts[key] for key, x in operands.items()} for sign in (1, -1)]
@@ -343,7 +379,7 @@ def not_at_an_end(x: Tensor) -> Tensor:
     """Where a value is not saturated: through an end code its own quantizer lets no gradient."""
     tag = tag_of(x)
     assert tag is not None
-    low, high = code_limits(tag.bits)
+    low, high = tag.limits
     codes = torch.round(x.detach() / float(tag.step))
     return (codes > low) & (codes < high)
 
@@ -370,7 +406,10 @@ def test_gradient(case: Case) -> None:
     if case.gradient == "none" or case.why_float is not None or not op_of(case.kind).has_site:
         pytest.skip("has no gradient of its own")
     check = Gradients(case)
-    for platform, bits in (("venusa", EIGHT), ("venusa", SIXTEEN), ("onnxruntime", EIGHT)):
+    targets = [("venusa", EIGHT), ("venusa", SIXTEEN), ("onnxruntime", EIGHT)]
+    if not stays_float_in_fixed_point(case):
+        targets.append(("tflite", EIGHT))
+    for platform, bits in targets:
         model, inputs = prepared(case, platform, bits)
         with tapped(model, check):
             for x in both_inputs(case, inputs):

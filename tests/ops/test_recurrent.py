@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_linger import ConfigError, QuantConfig, UnsupportedError, export_
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.tags import tag_of
 from lightning_linger.nn import LSTMP, UBLSTMP
+from lightning_linger.ops.recurrent import compiled, loop
 from lightning_linger.platforms import PLATFORMS
 from tests.models import Lambda, assert_integer_exact, keys, site_of, train, trained
 
@@ -596,9 +598,111 @@ def test_the_switch_nests_and_belongs_to_its_thread():
     assert seen == [True]
 
 
-def test_the_switch_takes_a_boolean():
-    with pytest.raises(ConfigError, match=r"`fused_rnn` must be True or False. Found: 'no'"):
+def test_the_switch_takes_three_values():
+    match = r"`fused_rnn` must be True, False or 'compiled'. Found: 'no'"
+    with pytest.raises(ConfigError, match=match):
         QuantConfig(fused_rnn="no")
+    with pytest.raises(ConfigError, match=match), linger.fused_rnn("no"):
+        pass
+    with linger.fused_rnn("compiled"):
+        assert QuantConfig(fused_rnn="compiled").fused_rnn == "compiled"
+
+
+# --- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What is compiled from here on."""
+    found = compiled.CompiledSteps()
+    monkeypatch.setattr(loop, "STEPS", found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "platform"),
+    [
+        ("LSTM", {}, "venusa"),
+        *(
+            pytest.param(kind, options, platform, marks=pytest.mark.slow)
+            for platform in ("venusa", "venus", "onnxruntime")
+            for kind, options in [*LAYERS, ("LSTM", {"proj_size": 3})]
+            if (kind, options, platform) != ("LSTM", {}, "venusa")
+        ),
+    ],
+)
+def test_compiled_steps_equal_the_others(kind, options, platform, steps):
+    # A step that moves would be compiled again.
+    config = fixed(platform=platform, fused_rnn="compiled")
+    model = plain(kind, 4, 6, **options)
+    x = torch.randn(5, 3, 4)
+    twin = copy.deepcopy(model)
+    trained(model, x, config=config, lr=0.1)
+    free = platform == "onnxruntime"
+    assert len(steps) == (0 if free else 1)
+    trained(twin, x, config=dataclasses.replace(config, fused_rnn=True), lr=0.1)
+    assert equal(dict(model.named_parameters()), dict(twin.named_parameters()))
+    model.eval()
+    twin.eval()
+    with torch.no_grad():
+        expected = twin(x)
+        assert equal(expected, model(x))
+        with linger.integer(model):
+            found = model(x)
+        assert len(steps) == (1 if free else 2)
+        with linger.integer(twin):
+            assert equal(found, twin(x))
+        # The switch wins over the configuration, and nothing else is compiled.
+        with linger.integer(model), linger.fused_rnn(False):
+            assert equal(found, model(x))
+    assert len(steps) == (1 if free else 2)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(steps, monkeypatch, caplog):
+    model = trained(plain("GRU", 4, 6), torch.randn(5, 3, 4))
+    x = torch.randn(5, 3, 4)
+    with torch.no_grad(), linger.integer(model):
+        expected = model(x)
+
+    def refuse(*args, **kwargs):
+        msg = "no C++ compiler\nand more"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with torch.no_grad(), linger.integer(model), linger.fused_rnn("compiled"):
+        assert equal(model(x), expected)
+        assert equal(model(x), expected)
+    assert len(steps) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == "lightning_linger"]
+    assert said == ["recurrent layers run without being compiled: RuntimeError: no C++ compiler"]
+
+
+def test_one_step_and_different_lengths_are_not_compiled(steps, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)  # would be called, and fail
+    layer = nn.LSTM(4, 6, batch_first=True)
+    model = Lambda(packed_forward, first=nn.Linear(4, 4), rnn=layer)
+    x = torch.randn(4, 7, 4)
+    linger.quantize(linger.prepare(model, (x, LENGTHS)), fixed())
+    with torch.no_grad(), linger.integer(model.eval()):
+        expected = model(x, LENGTHS)
+        with linger.fused_rnn("compiled"):
+            assert equal(model(x, LENGTHS), expected)
+    one = linger.quantize(linger.prepare(plain("LSTM", 4, 6), (x[:1],)), fixed()).eval()
+    with torch.no_grad(), linger.integer(one), linger.fused_rnn("compiled"):
+        one(x[:1])
+    assert len(steps) == 0
+    assert not steps.failed
+
+
+def test_captures_compile_nothing(steps):
+    model = trained(plain("LSTM", 4, 6), torch.randn(5, 3, 4)).eval()
+    x = torch.randn(5, 3, 4)
+    with torch.no_grad(), linger.integer(model):
+        expected = model(x)  # fills what a capture reads
+        with linger.fused_rnn("compiled"):
+            program = torch.export.export(model, (x,), strict=False)
+            assert equal(program.module()(x), expected)
+    assert len(steps) == 0
 
 
 # --- range limits -------------------------------------------------------------------------------

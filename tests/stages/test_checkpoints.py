@@ -293,7 +293,7 @@ def with_recipe(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     state = prepared().state_dict()
     recipe = recipe_of(state)
     change(recipe)
-    return {**state, RECIPE_KEY: encode(recipe)}
+    return {**state, RECIPE_KEY: encode(recipe, {})}
 
 
 def written(state: Any, folder: Path) -> Path:

@@ -83,7 +83,7 @@ def _batches(dims: int, count: int = 3) -> list[Tensor]:
 
 @pytest.mark.parametrize("mode", ["running", "batch"])
 @pytest.mark.parametrize(("kind", "dims", "groups", "bias"), LAYERS)
-def test_layers(kind: str, dims: int, groups: int, bias: bool, mode: str) -> None:
+def test_row27_layers(kind: str, dims: int, groups: int, bias: bool, mode: str) -> None:
     plain = Chain(_layer(kind, dims, groups, bias), NORMS[dims](6)).double()
     _compare(plain, _batches(dims), mode)
 

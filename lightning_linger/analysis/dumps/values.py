@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_linger.core.integer import payload_dtype
 from lightning_linger.core.sites import integer_codes, real_values
 from lightning_linger.core.tags import tag_of, with_tag
 
@@ -117,10 +118,13 @@ def _describe_tensor(x: Tensor, level: Level, into: Description, codes: bool) ->
     x = x.detach()
     grid = ""
     if tag is not None:
+        zero_point = int(tag.zero_point or 0)
         x = integer_codes(with_tag(x, tag)) if codes else real_values(with_tag(x, tag))
+        if codes and tag.affine:
+            x = (x + zero_point).to(payload_dtype(tag.width))
         grid = (
-            f" : Scale = {_number(float(tag.step))} : Zero point = {tag.zero_point}"
-            f" : Bits = {tag.bits}"
+            f" : Scale = {_number(float(tag.step))} : Zero point = {zero_point}"
+            f" : Bits = {tag.width}"
         )
     kept = _kept(x, level)
     name = _TYPES.get(x.dtype, str(x.dtype).removeprefix("torch."))

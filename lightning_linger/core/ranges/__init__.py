@@ -2,6 +2,7 @@
 
 from lightning_linger.core.ranges.estimator import EMA_WEIGHT, RangeEstimator
 from lightning_linger.core.ranges.learned import LEARNED, LearnedScale
+from lightning_linger.core.ranges.learned_affine import LearnedRange
 from lightning_linger.core.ranges.rule import ACCUMULATIONS, RANGE_NAMES, RangeRule
 from lightning_linger.core.ranges.statistics import STATISTICS, Statistic
 
@@ -11,6 +12,7 @@ __all__ = [
     "LEARNED",
     "RANGE_NAMES",
     "STATISTICS",
+    "LearnedRange",
     "LearnedScale",
     "RangeEstimator",
     "RangeRule",

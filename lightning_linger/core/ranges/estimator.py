@@ -31,9 +31,11 @@ class RangeEstimator(nn.Module):
 
     Args:
         kind: A name that :meth:`RangeRule.parse` reads; a positive number is a fixed absolute
-            maximum.
+            maximum, two numbers are the ends of a fixed range.
         name: The layer, for messages.
-        grid: What the tensor is rounded to, for estimators that look at the error.
+        grid: What the tensor is rounded to, for estimators that look at the error. For an affine
+            grid the range has two ends: those of the values, as far as the estimator's half-range
+            reaches.
         factor: What the range that a batch asks for is multiplied with.
 
     Attributes:
@@ -41,15 +43,21 @@ class RangeEstimator(nn.Module):
         batches: int64, how many batches were seen; 0 means that the range is not known.
         counts: int64 ``[2048]`` and
         top: 0-dim float32, a histogram of magnitudes, where the rule looks at all batches together.
+        ends: float32 ``[2]``, the extremes of these batches, for an affine grid.
     """
 
     range: Tensor
     batches: Tensor
     counts: Tensor
     top: Tensor
+    ends: Tensor
 
     def __init__(
-        self, kind: str | float, name: str, grid: Grid | None = None, factor: float = 1.0
+        self,
+        kind: str | float | tuple[float, float],
+        name: str,
+        grid: Grid | None = None,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.rule = RangeRule.parse(kind, f"`{name}`: range")
@@ -57,13 +65,14 @@ class RangeEstimator(nn.Module):
         self.name = name
         self.grid = grid or Grid()
         self.factor = factor
-        fixed = self.rule.fixed or 0.0
-        self.register_buffer("range", torch.tensor([-fixed, fixed]))
-        self.register_buffer("batches", torch.tensor(int(fixed > 0)))
+        self._known = self.rule.fixed is not None
+        self.register_buffer("range", torch.tensor(self.rule.fixed or (-0.0, 0.0)))
+        self.register_buffer("batches", torch.tensor(int(self._known)))
         if self.rule.pools:
             self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64))
             self.register_buffer("top", torch.zeros(()))
-        self._known = fixed > 0
+            if self.grid.affine:
+                self.register_buffer("ends", torch.zeros(2))
 
     @property
     def known(self) -> bool:
@@ -78,7 +87,8 @@ class RangeEstimator(nn.Module):
     @property
     def symmetric(self) -> bool:
         """Whether the range is kept symmetric around zero."""
-        return self.rule.statistic is not None and self.rule.statistic.symmetric
+        statistic = self.rule.statistic
+        return statistic is not None and statistic.symmetric and not self.grid.affine
 
     @property
     def _from_extremes(self) -> bool:
@@ -108,6 +118,13 @@ class RangeEstimator(nn.Module):
         return torch.maximum(-self.range[0], self.range[1])
 
     @torch.no_grad()
+    def adopt(self, low: float, high: float) -> None:
+        """Take a range from elsewhere, as if it had been seen."""
+        self.range.copy_(torch.tensor([low, high]))
+        self.batches.clamp_(min=1)
+        self._known = True
+
+    @torch.no_grad()
     def observe(self, x: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
         """Move the range by one batch.
 
@@ -124,6 +141,13 @@ class RangeEstimator(nn.Module):
             self._observe_values(x, batch, low, high)
         else:
             self._observe_tensors(x, batch, low, high)
+
+    def forget(self) -> None:
+        """Start anew, as if no batch had been seen; a fixed range stays."""
+        if not self.fixed:
+            for buffer in self.buffers(recurse=False):
+                buffer.zero_()
+            self._known = False
 
     def _observe_values(self, x: Tensor, batch: Tensor, low: float, high: float) -> None:
         """Move the range with the values at hand: few operations, and a warning if needed."""
@@ -211,7 +235,21 @@ class RangeEstimator(nn.Module):
             empty = values.new_zeros(1, dtype=torch.float32)
             measured = statistic.measure(values, None, self.grid) if values.numel() else empty
             half = max_over_ranks(measured)[0]
-        return torch.stack([-half, half])
+        if not self.grid.affine:
+            return torch.stack([-half, half])
+        ends = self._ends(extremes.clamp(low, high), finite)
+        return torch.stack([-half, half]).clamp(*ends)
+
+    def _ends(self, extremes: Tensor, finite: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the extremes of the values that count, zero included."""
+        low, high = extremes.clamp(max=0.0)[0], extremes.clamp(min=0.0)[1]
+        if self.rule.pools:
+            seen = torch.stack(
+                [torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high)]
+            )
+            self.ends.copy_(seen if finite is None else torch.where(finite, seen, self.ends))
+            low, high = self.ends[0].clone(), self.ends[1].clone()
+        return low, high
 
     def _pooled(self, values: Tensor, largest: Tensor, finite: Tensor | None) -> Histogram:
         """Add a batch to the histogram, unless it is not finite, and return it."""

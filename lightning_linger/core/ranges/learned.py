@@ -46,6 +46,8 @@ class LearnedKind:
         step: Returns the step of a parameter.
         slopes: ``slopes(v, q, step, low, high)`` returns the derivatives.
         about: What the parameter is, for the documentation.
+        rescaled: ``rescaled(value, old, new)`` returns the parameter of the same half-range on
+            another grid.
         normalized: Whether the parameter's gradient is divided by ``sqrt(N * qmax)``, N being the
             number of values that share it (LSQ, section 2.2).
     """
@@ -56,6 +58,7 @@ class LearnedKind:
     step: Callable[[Tensor, Grid], Tensor]
     slopes: Callable[[Tensor, Tensor, Any, Any, Any], Slopes]
     about: str
+    rescaled: Callable[[Tensor, Grid, Grid], Tensor]
     normalized: bool = False
 
 
@@ -66,6 +69,14 @@ def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
     step = parameter.clamp(min=SMALLEST_STEP)
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
+
+
+def _lsq_rescaled(parameter: Tensor, old: Grid, new: Grid) -> Tensor:
+    return parameter * (old.qmax / new.qmax)
+
+
+def _same(parameter: Tensor, old: Grid, new: Grid) -> Tensor:
+    return parameter
 
 
 def _lsq_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
@@ -108,7 +119,14 @@ def _pact_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes
 
 LEARNED: dict[str, LearnedKind] = {
     "lsq": LearnedKind(
-        "ema_lsq_start", "lsq_start", _lsq_parameter, _lsq_step, _lsq_slopes, "the step", True
+        "ema_lsq_start",
+        "lsq_start",
+        _lsq_parameter,
+        _lsq_step,
+        _lsq_slopes,
+        "the step",
+        _lsq_rescaled,
+        normalized=True,
     ),
     "tqt": LearnedKind(
         "ema_absmax",
@@ -117,9 +135,10 @@ LEARNED: dict[str, LearnedKind] = {
         _tqt_step,
         _tqt_slopes,
         "log2 of the threshold; the step is a power of two",
+        _same,
     ),
     "pact": LearnedKind(
-        "ema_absmax", None, _pact_parameter, _pact_step, _pact_slopes, "the clipping value"
+        "ema_absmax", None, _pact_parameter, _pact_step, _pact_slopes, "the clipping value", _same
     ),
 }
 
@@ -157,10 +176,20 @@ class LearnedScale(nn.Module):
         """Take the value of a half-range; where gradients are on, they take over from here."""
         self.value.copy_(self._parameter(half_range))
 
+    def follow_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the value of the half-range that two ends ask for."""
+        self.follow(torch.maximum(-low, high))
+
     def start(self) -> None:
         """Let gradients take over."""
         self.started = True
         self.begun.fill_(True)
+
+    @torch.no_grad()
+    def change_grid(self, grid: Grid) -> None:
+        """Go on with the same half-range on a grid of another width."""
+        self.value.copy_(self.kind.rescaled(self.value, self.grid, grid))
+        self.grid = grid
 
     def _parameter(self, half_range: Tensor) -> Tensor:
         half_range = torch.where(half_range > 0, half_range, 1.0).reshape(self.value.shape)

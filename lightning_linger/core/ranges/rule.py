@@ -35,31 +35,34 @@ class RangeRule:
         name: As it was written.
         statistic: What a batch asks for; None for a fixed range.
         accumulation: How batches come together.
-        fixed: The half-range of a fixed range.
+        fixed: The ends of a fixed range.
         learned: How the range is learned behind its first value, a name of ``LEARNED``.
     """
 
-    name: str | float
+    name: str | float | tuple[float, float]
     statistic: Statistic | None
     accumulation: Accumulation = "all"
-    fixed: float | None = None
+    fixed: tuple[float, float] | None = None
     learned: str | None = None
 
     @staticmethod
-    def parse(spec: str | float, what: str = "`range`") -> RangeRule:
+    def parse(spec: str | float | tuple[float, float], what: str = "`range`") -> RangeRule:
         """Read ``absmax``, ``ema_mse``, ``mean_99.9%`` or a positive number.
 
         Args:
             spec: The name: an accumulation (``ema_``, ``mean_``, ``catch_``, ``last_``, or nothing
-                for all batches together) and a statistic.
+                for all batches together) and a statistic. Or the absolute maximum of a fixed range,
+                or its two ends.
             what: Names the argument in an error.
 
         Raises:
             ConfigError: If there is no such estimator.
         """
+        if isinstance(spec, tuple):
+            return RangeRule(spec, None, fixed=spec)
         if isinstance(spec, int | float) and not isinstance(spec, bool):
             if 0 < spec < math.inf:
-                return RangeRule(spec, None, fixed=float(spec))
+                return RangeRule(spec, None, fixed=(-float(spec), float(spec)))
             raise ConfigError(_message(what, spec))
         if isinstance(spec, str) and spec in LEARNED:
             return replace(RangeRule.parse(LEARNED[spec].start), name=spec, learned=spec)

@@ -24,6 +24,7 @@ from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
 from lightning_linger.export.generations import LINGER1_DOMAIN
+from lightning_linger.export.grouping import refuse_groups
 from lightning_linger.export.linger import (
     arithmetic,
     boundary,
@@ -76,6 +77,7 @@ def _check(sites: Sequence[Site]) -> None:
         platform = site.platform
         if platform is None:
             continue
+        refuse_groups(site)
         if platform.dialect != "linger":
             msg = (
                 f"`{site.key}` is quantized for platform {platform.name!r}, which reads the "

@@ -28,6 +28,7 @@ import onnx
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.sites import Site
 from lightning_linger.export.dialect import Dialect, Translation
+from lightning_linger.export.grouping import refuse_groups
 from lightning_linger.export.qdq import (
     arithmetic,
     boundary,
@@ -68,6 +69,7 @@ _TABLES: tuple[dict[str, Write], ...] = (
 def _check(sites: Sequence[Site]) -> None:
     """Refuse targets whose arithmetic onnxruntime does not have."""
     for site in sites:
+        refuse_groups(site)
         platform = site.platform
         if platform is not None and platform.dialect != "qdq":
             msg = (

@@ -34,9 +34,11 @@ from lightning_linger.export.runner import (
     normalization,
     pool,
     recurrent,
+    reduction,
     softmax,
 )
 from lightning_linger.export.runner.plain import run_plain
+from lightning_linger.export.runner.sizes import Resized, declared_shapes
 from lightning_linger.export.runner.step import Array, Kernel, Step, check_types
 from lightning_linger.platforms import PLATFORMS
 
@@ -53,6 +55,7 @@ KERNELS: dict[str, Kernel] = {
     **matmul.KERNELS,
     **recurrent.KERNELS,
     **arithmetic.KERNELS,
+    **reduction.KERNELS,
     **movement.KERNELS,
 }
 
@@ -81,6 +84,7 @@ class OnnxIntegerRunner:
         self.constants: dict[str, Array] = constants_of(graph)
         self.input_names = input_names(graph)
         self.output_names = [v.name for v in graph.output]
+        self._shapes = declared_shapes(graph)
         self.platform = platform_of(graph)
         self._kernel_platform = _library_name(self.platform)
 
@@ -92,14 +96,16 @@ class OnnxIntegerRunner:
         Args:
             inputs: An array per graph input. Where the graph quantizes an input, the codes
                 themselves (an integer array) may be given instead of real values; where it does
-                not, the scale of the op that reads them types them.
+                not, the scale of the op that reads them types them. Other sizes than the file
+                names are fine as long as nothing in it depends on them.
             dump: A ``.npz`` file to write, with every tensor of :meth:`trace` by name.
 
         Returns:
             An array per graph output, in the graph's dtype.
 
         Raises:
-            ConfigError: If an input is missing or unknown, or the dump cannot be written.
+            ConfigError: If an input is missing or unknown or has a size that something in the file
+                depends on, or the dump cannot be written.
             UnsupportedError: If a node has no integer meaning here; names the node and its op.
         """
         target = None if dump is None else check_target(dump)
@@ -120,15 +126,39 @@ class OnnxIntegerRunner:
             inputs: See :meth:`run`.
 
         Raises:
-            ConfigError: If an input is missing or unknown.
+            ConfigError: If an input is missing or unknown, or has a size that something in the file
+                depends on.
             UnsupportedError: If a node has no integer meaning here; names the node and its op.
         """
         _check_names(self.input_names, inputs)
         values = {name: np.asarray(array) for name, array in inputs.items()}
+        resized = Resized.of(self._shapes, values)
         for node in self.model.graph.node:
-            results = zip(node.output, self._run_node(node, values), strict=False)
-            values.update((name, result) for name, result in results if name)
+            try:
+                found = self._run_node(node, values)
+            except UnsupportedError as error:
+                if not resized.sizes or error.__cause__ is None:
+                    raise
+                why = f"What depends on it is baked in: {error}"
+                raise resized.refusal(why) from error
+            if resized.sizes and node.op_type == "Reshape":
+                self._check_reshape(resized, node, values)
+            values.update((n, result) for n, result in zip(node.output, found, strict=False) if n)
+        if resized.sizes:
+            for name in self.output_names:
+                if name in values and name in self._shapes:
+                    resized.check_output(name, self._shapes[name], values[name].shape)
         return values
+
+    def _check_reshape(
+        self, resized: Resized, node: onnx.NodeProto, values: Mapping[str, Array]
+    ) -> None:
+        source, target = [*node.input, "", ""][:2]
+        if source in values and target in self.constants:
+            named = [size for size in self._shapes.get(source, []) if size is not None]
+            example = tuple(named) if len(named) == len(self._shapes.get(source, [])) else None
+            sizes = [int(size) for size in self.constants[target].reshape(-1)]
+            resized.check_reshape(node, example, values[source].shape, sizes)
 
     def _run_node(self, node: onnx.NodeProto, values: Mapping[str, Array]) -> list[Array]:
         inputs = [

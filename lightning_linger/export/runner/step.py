@@ -92,12 +92,12 @@ class Step:
 
 
 # What the attributes of the engine's ops hold. Others are not read.
-_LISTS = ("kernel_shape", "strides", "pads", "dilations", "output_padding", "axes")
+_LISTS = ("kernel_shape", "strides", "pads", "dilations", "output_padding", "axes", "dims")
 _TEXTS = ("platform", "quant_mode", "platform_quant")
 _NUMBERS = (
     *("axis", "group", "groups", "zero_point", "ceil_mode", "count_include_pad"),
     *("divisor_override", "input_size", "hidden_size", "num_layers", "batch_first", "go_forward"),
-    *("has_hidden", "has_cell"),
+    *("has_hidden", "has_cell", "keepdims", "unbiased"),
 )
 
 
@@ -107,7 +107,7 @@ def kind_of(name: str) -> str | None:
         return "INTS"
     if name in _TEXTS:
         return "STRING"
-    if name.startswith("scale_") or name == "epsilon":
+    if name.startswith("scale_") or name in ("epsilon", "min", "max"):
         return "FLOAT"
     return "INT" if name in _NUMBERS or name.endswith("_bits") else None
 

@@ -15,11 +15,12 @@ the cell itself round half up everywhere.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,7 +100,29 @@ _CELL_SHIFT = 24
 _CELLS = 1 << (32 - _CELL_SHIFT)
 
 
-class _Lines:
+_Held = TypeVar("_Held", bound="Holder")
+
+
+class Holder:
+    """Something that holds tensors, which can be exchanged for others like them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def holding(self: _Held, tensors: Mapping[str, Tensor]) -> _Held:
+        """Return a copy with other tensors."""
+        moved = copy.copy(self)
+        vars(moved).update(tensors)
+        return moved
+
+    def constants(self) -> Hashable:
+        """Return all else that it computes with."""
+        tensors = self.tensors()
+        return tuple((name, value) for name, value in vars(self).items() if name not in tensors)
+
+
+class _Lines(Holder):
     """Straight lines on 32-bit numbers.
 
     The high bits of a number find its cell, and one comparison which of the cell's two lines it is
@@ -139,7 +162,7 @@ class _Lines:
         return y.bitwise_right_shift_(58 - UNIT).clamp_(max=(1 << UNIT) - 1)
 
 
-class _Entries:
+class _Entries(Holder):
     """One entry per 16-bit number."""
 
     def __init__(self, values: Tensor) -> None:
@@ -223,7 +246,7 @@ def curve_tables(rounding: str, device: torch.device) -> Tensor:
 # --- from accumulators to gates, from the cell to codes ---------------------------------------
 
 
-class Product:
+class Product(Holder):
     """``x W^T + b`` of codes, in units of a fixed step.
 
     Args:
@@ -275,6 +298,14 @@ class Product:
         self._weight = codes.to(self.dtype).t().contiguous()
         self._bias = None if bias is None else offset.to(self.dtype)
 
+    def constants(self) -> Hashable:
+        """Return all else that it computes with; for the reach see :meth:`saturates`."""
+        return (self._round, self.dtype, self._is_whole, self._ratios is None, self._bias is None)
+
+    def saturates(self, bits: int) -> bool:
+        """Whether results may need the clamp to a width."""
+        return self._reach > code_limits(bits)[1]
+
     def real(self, x: Tensor) -> Tensor:
         """Return the result of ``[rows, K]`` codes before rounding, float64.
 
@@ -285,11 +316,10 @@ class Product:
     def whole(self, x: Tensor, bits: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Return the rounded result of ``[rows, K]`` codes, saturated at a width."""
         units = self._units(x)
-        low, high = code_limits(bits)
         if not self._is_whole:
             units = self._round(units.double())
-        if self._reach > high:
-            units = units.double().clamp_(low, high)
+        if self.saturates(bits):
+            units = units.double().clamp_(*code_limits(bits))
         return units.to(dtype)
 
     def _units(self, x: Tensor) -> Tensor:

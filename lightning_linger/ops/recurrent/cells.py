@@ -1,4 +1,4 @@
-"""The cells of LSTM, GRU and RNN on integers, and the loop over time.
+"""The cells of LSTM, GRU and RNN on integers.
 
 With ``sat`` the saturation of the gates' format, ``move`` the platform's rounding of an accumulator
 to it and ``rs`` a right shift that rounds half up (formats: :mod:`.arithmetic`)::
@@ -18,7 +18,9 @@ no engine has a usable GRU or plain RNN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ from lightning_linger.ops.recurrent.arithmetic import (
     CELL_STEP,
     UNIT,
     HiddenGrid,
+    Holder,
     Product,
     curves_for,
     curves_of,
@@ -112,7 +115,7 @@ class Trace:
             self.values[name].mul_(factor)
 
 
-class Cell:
+class Cell(ABC):
     """One step of a layer on codes.
 
     Args:
@@ -173,6 +176,7 @@ class Cell:
         """Return what the input contributes to the gates, for any number of rows."""
         return self.input.whole(rows, self.gate_bits, torch.int32)
 
+    @abstractmethod
     def step(self, t: int, gx: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the states after one time step.
 
@@ -182,10 +186,46 @@ class Cell:
             states: The hidden state, whole numbers in the dtype of the recurrent product, and the
                 cell state (int64) of an LSTM.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def finish_trace(self) -> None:
         """Turn what was traced into real values."""
+
+    # --- for a compiled step ----------------------------------------------------------------
+
+    def held_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a step reads besides its arguments, by a name."""
+        found: dict[str, Tensor] = {}
+        for name, value in self._read_by_step():
+            if isinstance(value, Holder):
+                found |= {f"{name}.{part}": x for part, x in value.tensors().items()}
+            elif isinstance(value, Tensor):
+                found[name] = value
+        return found
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Cell:
+        """Return a copy that reads other tensors in their place."""
+        moved = copy.copy(self)
+        for name, value in self._read_by_step():
+            if isinstance(value, Holder):
+                mine = {part: tensors[f"{name}.{part}"] for part in value.tensors()}
+                setattr(moved, name, value.holding(mine))
+            elif isinstance(value, Tensor):
+                setattr(moved, name, tensors[name])
+        return moved
+
+    def signature(self) -> Hashable:
+        """Return all else that a step depends on: cells of one signature do the same."""
+        rest = [
+            (name, value.constants() if isinstance(value, Holder) else value)
+            for name, value in self._read_by_step()
+            if not isinstance(value, Tensor)
+        ]
+        return (type(self), self.recurrent.saturates(self.gate_bits), *rest)
+
+    def _read_by_step(self) -> list[tuple[str, object]]:
+        outside = ("weights", "numbers", "input", "trace")
+        return [(name, value) for name, value in vars(self).items() if name not in outside]
 
     def _gates(self, gx: Tensor, h: Tensor) -> Tensor:
         gh = self.recurrent.whole(h, self.gate_bits)
@@ -369,85 +409,3 @@ def trace_of(kind: str, weights: Weights, batch_sizes: Sequence[int], like: Tens
     elif kind == "gru":
         widths |= {"gates": 2 * size, "new": size, "product": size}
     return Trace(widths, batch_sizes, like)
-
-
-Step = Callable[[int, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
-
-
-def over_time(
-    step: Step,
-    inputs: Sequence[Tensor],
-    states: tuple[Tensor, ...],
-    batch_sizes: Sequence[int],
-    reverse: bool,
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Run a cell through time, over sequences of which the longest come first.
-
-    Args:
-        step: ``step(t, input, states) -> states``; the first state is the output.
-        inputs: Of each time step.
-        states: Before the first step, a row per sequence.
-        batch_sizes: How many sequences are longer than ``t``, for each step ``t``.
-        reverse: Whether to run back in time; each sequence then starts at its own end.
-
-    Returns:
-        The outputs by time step, and the states after the last step of each sequence.
-    """
-    times = range(len(batch_sizes))
-    outputs: list[Tensor] = []
-    finished: list[tuple[Tensor, ...]] = []
-    now = states
-    if reverse:
-        now = tuple(state[: batch_sizes[-1]] for state in states)
-    for t in reversed(times) if reverse else times:
-        have, want = len(now[0]), batch_sizes[t]
-        if have > want:
-            finished.append(tuple(state[want:] for state in now))
-            now = tuple(state[:want] for state in now)
-        elif have < want:
-            fresh = (state[have:want] for state in states)
-            now = tuple(torch.cat(pair) for pair in zip(now, fresh, strict=True))
-        now = step(t, inputs[t], now)
-        outputs.append(now[0])
-    if reverse:
-        outputs.reverse()
-    if finished:
-        parts = [now, *reversed(finished)]
-        now = tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return outputs, now
-
-
-def run_cell(
-    cell: Cell,
-    rows: Tensor,
-    states: tuple[Tensor, ...],
-    batch_sizes: Sequence[int],
-    reverse: bool,
-    fused: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run one direction of one layer on codes.
-
-    Args:
-        cell: The cell.
-        rows: Inputs in order of time, whole numbers of any dtype, ``[sum(batch_sizes), I]``.
-        states: Hidden state, whole numbers of any dtype, and the cell state of an LSTM, int64.
-        batch_sizes: See :func:`over_time`.
-        reverse: See :func:`over_time`.
-        fused: Whether all inputs are projected at once.
-
-    Returns:
-        The hidden state of every step ``[sum(batch_sizes), P]`` and the states at the end; whole
-        numbers, floating but for the cell state.
-    """
-    sizes = list(batch_sizes)
-    h, *others = states
-
-    def step(t: int, piece: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return cell.step(t, piece if fused else cell.project(piece), now)
-
-    pieces = (cell.project(rows) if fused else rows).split_with_sizes(sizes)
-    start = (h.to(cell.recurrent.dtype), *others)
-    outputs, after = over_time(step, pieces, start, sizes, reverse)
-    if cell.trace is not None:
-        cell.finish_trace()
-    return torch.cat(outputs), after

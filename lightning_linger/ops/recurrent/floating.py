@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.ops.recurrent.cells import over_time
 from lightning_linger.ops.recurrent.gradients import Parameters
+from lightning_linger.ops.recurrent.loop import over_time
 
 Rounding = Callable[[Tensor], Tensor]
 

@@ -7,6 +7,7 @@ coarsest, so that they are one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from lightning_linger.ops.recurrent.arithmetic import (
 from lightning_linger.ops.recurrent.call import Direction, RecurrentCall, directions_of
 from lightning_linger.ops.recurrent.cells import Numbers, Weights
 from lightning_linger.ops.recurrent.floating import run_float
-from lightning_linger.ops.recurrent.fusion import is_fused
+from lightning_linger.ops.recurrent.fusion import compiling_steps, is_compiled, is_fused
 from lightning_linger.ops.recurrent.gradients import Layer, Parameters, run_layer
 from lightning_linger.ops.recurrent.kernels import (
     cell_codes,
@@ -123,6 +124,7 @@ class Flow:
         self.call = call
         self.is_cell = is_cell
         self.fused = is_fused(site)
+        self.compiled = is_compiled(site)
         self.sizes = self._sizes()
 
     def _sizes(self) -> list[int]:
@@ -140,7 +142,9 @@ class Flow:
         """Run all layers on a tagged input."""
         finals: list[tuple[Grid, tuple[Tensor, ...]]] = []
         for layer, directions in enumerate(directions_of(self.call)):
-            grid, passed = self.layer(layer, directions, x)
+            # A capture does not follow context variables.
+            with compiling_steps() if self.compiled else contextlib.nullcontext():
+                grid, passed = self.layer(layer, directions, x)
             finals += [(grid, p.states) for p in passed]
             x = self.joined(grid, [p.y for p in passed])
             if layer + 1 < self.call.num_layers:

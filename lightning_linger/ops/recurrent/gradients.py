@@ -21,10 +21,10 @@ from lightning_linger.ops.recurrent.cells import (
     GATES,
     Numbers,
     Weights,
-    run_cell,
     trace_of,
 )
 from lightning_linger.ops.recurrent.kernels import cell_codes
+from lightning_linger.ops.recurrent.loop import run_cell
 
 
 @dataclass

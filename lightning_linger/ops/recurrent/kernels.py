@@ -34,7 +34,8 @@ from lightning_linger.ops.recurrent.arithmetic import (
     curves_of,
     formats_of,
 )
-from lightning_linger.ops.recurrent.cells import CELLS, Numbers, Weights, run_cell
+from lightning_linger.ops.recurrent.cells import CELLS, Numbers, Weights
+from lightning_linger.ops.recurrent.loop import run_cell
 
 
 def to_rows(x: Tensor, batch_first: bool, batch_sizes: Sequence[int]) -> tuple[Tensor, list[int]]:

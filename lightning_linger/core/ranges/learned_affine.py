@@ -1,0 +1,127 @@
+"""A learned range with two ends: LSQ+ (Bhalgat et al. 2020, https://arxiv.org/abs/2004.09576).
+
+Beside the step, the lower end of the range is a parameter. It becomes the zero point, a whole
+number, by rounding, through which gradients pass: a value that saturates at an end of the grid is
+``offset`` or ``offset + (2^bits - 1) * step``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.fake_quantize import Bound, Scalar
+from lightning_linger.core.grid import Grid
+from lightning_linger.core.ranges.learned import LearnedScale
+
+# What learns an offset too, where there is one.
+AFFINE_KIND = "lsq"
+
+
+class LearnedRange(LearnedScale):
+    """The learned step and lower end of one activation on an affine grid.
+
+    Args:
+        kind: ``lsq``; the others have no offset.
+        grid: An affine grid.
+        name: The tensor, for messages.
+
+    Attributes:
+        offset: float32, 0-dim: the lower end of the range, 0 or below.
+
+    Raises:
+        ConfigError: If the kind is for symmetric grids.
+    """
+
+    def __init__(self, kind: str, grid: Grid, name: str) -> None:
+        if kind != AFFINE_KIND:
+            msg = (
+                f"`{name}`: range={kind!r} is for grids without a zero point. Use "
+                f"range={AFFINE_KIND!r}, an estimator, or symmetry='symmetric'."
+            )
+            raise ConfigError(msg)
+        super().__init__(kind, grid)
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def follow_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the step and the lower end of a range."""
+        self.value.copy_(self.grid.step_of_range(low, high))
+        self.offset.copy_(low.clamp(max=0.0))
+
+    @torch.no_grad()
+    def zero_point(self, step: Tensor) -> Tensor:
+        """Return the code of zero at a step, as a whole number in float32."""
+        return self.grid.zero_point_of_range(self.offset.detach(), step)
+
+    def carry(
+        self,
+        rounded: Tensor,
+        real: Tensor,
+        step: Scalar,
+        low: Bound,
+        high: Bound,
+        parameter: Tensor | None = None,
+    ) -> Tensor:
+        """Return rounded values with gradients for values, step and offset (see the base class).
+
+        An end that belongs to a clamping activation, not to the grid, moves neither of them.
+        """
+        codes = float(self.grid.qmax - self.grid.qmin)
+        scale = 1.0 / math.sqrt(max(real.numel(), 1) * codes)
+        at_step = torch.as_tensor(step, dtype=torch.float32, device=self.offset.device)
+        first = self.grid.qmin - self.zero_point(at_step)
+        out: Tensor = _CarryOffset.apply(
+            *(real, self.value, self.offset, rounded.detach(), step, low, high),
+            *(first, first + codes, scale),
+        )
+        return out
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LearnedRange:
+        """Follow the model to its device, but stay float32 like every range."""
+        before = self.offset.data
+        super()._apply(fn, recurse)
+        self.offset.data = before.to(self.offset.device)
+        return self
+
+
+class _CarryOffset(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        real: Tensor,
+        value: Tensor,
+        offset: Tensor,
+        rounded: Tensor,
+        step: Scalar,
+        low: Bound,
+        high: Bound,
+        first: Tensor,
+        last: Tensor,
+        scale: float,
+    ) -> Tensor:
+        numbers = [
+            torch.as_tensor(number, dtype=real.dtype, device=real.device)
+            for number in (step, low, high, first, last)
+        ]
+        ctx.save_for_backward(real, rounded, *numbers)
+        ctx.scale = scale
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        real, rounded, step, low, high, first, last = ctx.saved_tensors
+        (grad,) = grads
+        v, q = real / step, rounded / step
+        below, above = v <= low, v >= high
+        inside = ~(below | above)
+        # Where the window ends before the grid does, the end stays where it is.
+        at_first, at_last = below & (low <= first), above & (high >= last)
+        slope = torch.where(inside, q - v, torch.where(at_last, last - first, 0.0))
+        of_step = (grad * slope).float().sum() * ctx.scale
+        of_offset = (grad * (at_first | at_last)).float().sum() * ctx.scale
+        return grad * inside, of_step, of_offset, None, None, None, None, None, None, None
