@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from lightning_linger.callbacks.discovery import run_step, silent, step_of
+from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.instrumentation import ModuleCall, instrumentation_of
+from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.stages.prepare import check_example, no_trace
 
 _SEED = 0

@@ -16,13 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.instrumentation import (
-    STATE_PREFIX,
-    ModuleCall,
-    instrumentation_of,
-    is_prepared,
-)
+from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
 from lightning_linger.simulate.divergence import main_result
 from lightning_linger.simulate.integer import number_system

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_linger.core.calls import (
+    Event,
+    ModuleCall,
+    SiteCall,
+    Tap,
+    in_order,
+    out_of_place,
+    plain_values,
+    run_site,
+)
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
+from lightning_linger.core.frames import Activation, Frame
 from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
@@ -32,6 +42,7 @@ from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sharding import class_name, gathers_parameters
 from lightning_linger.core.sites import Site, Switches, real_values
+from lightning_linger.core.state import switch_back, what_is_on
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
 from lightning_linger.core.widths import Widths, set_widths, widths_of
 
@@ -47,111 +58,6 @@ _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
 
 
-@dataclass(frozen=True)
-class Event:
-    """One site has run.
-
-    Args:
-        site: The site.
-        call: Its bound call.
-        result: Its result.
-        run_float: Runs the same call without quantization, on the real values of its operands, or
-            on what a function given as argument makes of each tensor.
-    """
-
-    site: Site
-    call: Any
-    result: Any
-    run_float: Callable[..., Any]
-
-
-Tap = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class ModuleCall:
-    """An outermost call of an instrumented module, to be repeated in another number system."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self) -> Any:
-        """Repeat the call."""
-        return self.module(*self.args, **self.kwargs)
-
-
-class SiteCall:
-    """One call of a site, which is about to run.
-
-    Args:
-        instrumentation: Of the model.
-        site: The site.
-        system: The number system it runs in: ``float``, ``fake`` or ``integer``.
-        canonical: What the function means.
-        func: The torch function that the model has called.
-        args: Its positional arguments.
-        kwargs: Its named arguments.
-    """
-
-    def __init__(
-        self,
-        instrumentation: Instrumentation,
-        site: Site,
-        system: str,
-        canonical: Canonical,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.site = site
-        self.system = system
-        self.canonical = canonical
-        self._instrumentation = instrumentation
-        self._func = func
-        self._args = args
-        self._kwargs = kwargs
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the call writes its result into one of its arguments."""
-        kwargs = self._kwargs
-        return (
-            self.canonical.inplace or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
-        )
-
-    def bound(self) -> Any:
-        """Return the arguments by name, as the op names them."""
-        return self.site.op.bind(*_in_order(self._args, self.canonical), **self._kwargs)
-
-    def run(self) -> Any:
-        """Run the call in its number system."""
-        return self._instrumentation.run_site(
-            self.site, self.system, self.canonical, self._func, self._args, self._kwargs
-        )
-
-    def run_float(self, values: Callable[[Tensor], Tensor] | None = None) -> Any:
-        """Run the call without quantization.
-
-        Args:
-            values: What stands for each tensor; by default its real values.
-        """
-        values = values or plain_values
-        found = self.site.op.run_float(self.site, tree_map_only(Tensor, values, self.bound()))
-        if found is not NotImplemented:
-            return found
-        args, kwargs = tree_map_only(Tensor, values, (self._args, self._kwargs))
-        return self._func(*args, **{**kwargs, **_out_of_place(kwargs)})
-
-
-def run_site(site_call: SiteCall) -> Any:
-    """Run a call of a site.
-
-    A function mode around the model sees this function in the place of all that the site calls.
-    """
-    return site_call.run()
-
-
 class _Mode(TorchFunctionMode):
     def __init__(self, instrumentation: Instrumentation) -> None:
         super().__init__()
@@ -161,117 +67,6 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return self.instrumentation.call(func, args, kwargs or {})
-
-
-class Activation:
-    """One running call of an instrumented module: which one, and what it has called so far."""
-
-    __slots__ = ("counts", "invocation", "path", "sites")
-
-    def __init__(self, path: str, invocation: int, sites: dict[str, list[Site]]) -> None:
-        self.path = path
-        self.invocation = invocation
-        self.sites = sites
-        self.counts: dict[str, int] = {}
-
-    def count(self, op: str) -> int:
-        """Return how many calls of ``op`` came before, and count this one."""
-        index = self.counts.get(op, 0)
-        self.counts[op] = index + 1
-        return index
-
-    def key(self, op: str, index: int) -> str:
-        """Return the site key of the ``index``-th call of ``op`` in this module call."""
-        return site_key(self.path, self.invocation, op, index)
-
-
-def site_key(path: str, invocation: int, op: str, index: int) -> str:
-    """Format a site key, e.g. ``layer1.0.conv1/conv2d/0`` or ``head@1/linear/0``."""
-    suffix = f"@{invocation}" if invocation else ""
-    return f"{path}{suffix}/{op}/{index}"
-
-
-class Frame:
-    """The hooks of one module. Bound methods, so that deepcopy and pickle carry them along.
-
-    Args:
-        instrumentation: Of the model.
-        path: Dotted path of the module.
-        entry: Whether a call from outside starts an instrumented forward. Losses, metrics and
-            augmentations, which have no parameters, stay outside.
-    """
-
-    def __init__(self, instrumentation: Instrumentation, path: str, entry: bool) -> None:
-        self.instrumentation = instrumentation
-        self.path = path
-        self.entry = entry
-        self.invocations = 0
-        self.sites: list[dict[str, list[Site]]] = []
-        self._given: Any = None
-
-    def before_gathering(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Forward pre-hook in front of that which gathers the parameters of a sharded module."""
-        self.instrumentation.paused = True
-        self._given = (args, kwargs)
-
-    def before_sharding(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook in front of that which lets go of gathered parameters."""
-        self.instrumentation.paused = True
-
-    def _after_gathering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Recognise the arguments again, which autograd functions may have been passed through."""
-        instrumentation = self.instrumentation
-        instrumentation.paused = False
-        given, self._given = self._given, None
-        for before, after in zip(tree_leaves(given), tree_leaves((args, kwargs)), strict=True):
-            same = before is after or not isinstance(after, Tensor)
-            if same or (before.dtype, before.shape) != (after.dtype, after.shape):
-                continue
-            if instrumentation.recorder is not None:
-                instrumentation.recorder.renamed(before, after)
-            tag = tag_of(before)
-            if tag is not None:
-                with_tag(after, tag)
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        instrumentation = self.instrumentation
-        if instrumentation.paused:
-            self._after_gathering(args, kwargs)
-        calls = instrumentation.calls
-        if not instrumentation.engaged:
-            # Without a stack nothing tells the calls inside the first one from the next.
-            if calls == [] and self.entry and not _is_redirected_step(module):
-                calls.append(ModuleCall(module, args, kwargs))
-            return
-        if not instrumentation.stack:
-            if not self.entry or _is_redirected_step(module):
-                return
-            if calls is not None:
-                calls.append(ModuleCall(module, args, kwargs))
-            if instrumentation.recorder is not None:
-                instrumentation.recorder.given((args, kwargs))
-            instrumentation.begin(module, args, kwargs)
-        invocation = self.invocations
-        self.invocations = invocation + 1
-        sites = self.sites[invocation] if invocation < len(self.sites) else {}
-        instrumentation.stack.append(Activation(self.path, invocation, sites))
-        if instrumentation.recorder is not None:
-            instrumentation.recorder.owns(module)
-
-    def exit(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook, called after an error too."""
-        instrumentation = self.instrumentation
-        instrumentation.paused = False
-        stack = instrumentation.stack
-        if not stack or stack[-1].path != self.path:
-            return None
-        stack.pop()
-        if stack:
-            return None
-        return instrumentation.end(output, self.path)
 
 
 class Instrumentation(nn.Module):
@@ -387,64 +182,27 @@ class Instrumentation(nn.Module):
             "example": self.example,
             **self._recorded,
         }
-        now = {
-            "fuse": self.switches.fuse,
-            "fuse_mode": self.switches.fuse_mode,
-            "normalize": self.switches.normalize,
-            "quantize": self.switches.quantize,
-            "watch": self.switches.watch,
-            "frozen": {site.key: sorted(site.frozen) for site in self.sites if site.frozen},
-            "floating": {site.key: sorted(site.floating) for site in self.sites if site.floating},
-            "applied": self.applied,
-            "gradients": self._gradient_states(),
-            "widths": {key: astuple(widths_of(self.find(key))) for key in self._planned_widths},
-        }
-        return encode(planned, now, ROOM_PER_SITE * len(self.site) if self.sharded else None)
+        return encode(
+            planned, what_is_on(self), ROOM_PER_SITE * len(self.site) if self.sharded else None
+        )
 
     def set_extra_state(self, state: Any) -> None:
         """Switch on what was on, after checking that it was planned in the same way."""
         recipe = decode(state)
         if not self.accepts_changes:
             self._require_same(recipe)
-        switches, planned = self.switches, self.plans
-        switches.fuse = recipe["fuse"] and "fuse_bn" in planned
-        switches.fuse_mode = recipe["fuse_mode"]
-        switches.normalize = recipe["normalize"] and "normalize" in planned
-        switches.quantize = recipe["quantize"] and "quantize" in planned
-        switches.watch = recipe.get("watch", False) and "quantize" in planned
-        self.applied = list(recipe.get("applied", ()))
-        frozen, floating = recipe.get("frozen", {}), recipe.get("floating", {})
-        for site in self.sites:
-            site.freeze(frozenset(frozen.get(site.key, ())))
-            site.leave_float(frozenset(floating.get(site.key, ())))
-            for node in site.gradient_quantizers():
-                default = (True, node.frozen)
-                node.active, node.frozen = recipe.get("gradients", {}).get(node.name, default)
-        if not self.accepts_changes:
-            self.change_widths(
-                {
-                    **self._planned_widths,
-                    **{
-                        key: Widths(*widths)
-                        for key, widths in recipe.get("widths", {}).items()
-                        if key in self
-                    },
-                }
-            )
+        switch_back(self, recipe)
         self.thaw()
 
-    def _gradient_states(self) -> dict[str, tuple[bool, bool]]:
-        """Return which gradients are not treated as their site says.
+    @property
+    def changed_widths(self) -> dict[str, Widths]:
+        """The widths of sites that are not those they were planned with, by key."""
+        return {key: widths_of(self.find(key)) for key in self._planned_widths}
 
-        Returns:
-            Whether each is rounded, and whether its range stays, by name.
-        """
-        return {
-            node.name: (node.active, node.frozen)
-            for site in self.sites
-            for node in site.gradient_quantizers()
-            if not node.active or node.frozen != ("gradients" in site.frozen)
-        }
+    @property
+    def original_widths(self) -> dict[str, Widths]:
+        """The widths that those sites were planned with."""
+        return dict(self._planned_widths)
 
     def planned_widths(self, site: Site) -> Widths:
         """Return the widths that a quantized site was planned with."""
@@ -629,7 +387,7 @@ class Instrumentation(nn.Module):
     ) -> Any:
         """Run one call of a site in a number system."""
         op = site.op
-        call = op.bind(*_in_order(args, canonical), **kwargs)
+        call = op.bind(*in_order(args, canonical), **kwargs)
         if system == "float":
             result = op.run_float(site, call)
             if site.watching:
@@ -673,7 +431,7 @@ class Instrumentation(nn.Module):
         result = site.op.run_float(site, tree_map_only(Tensor, plain_values, call))
         if result is NotImplemented:
             args, kwargs = tree_map_only(Tensor, plain_values, (args, kwargs))
-            result = func(*args, **{**kwargs, **_out_of_place(kwargs)})
+            result = func(*args, **{**kwargs, **out_of_place(kwargs)})
         assert site.output is not None  # `passes_float` says so
         return site.output(result, learn=site.learning)
 
@@ -734,27 +492,6 @@ class Instrumentation(nn.Module):
         return func(*args, **kwargs)
 
 
-def plain_values(x: Tensor) -> Tensor:
-    """Return real values without a tag, in memory of their own."""
-    if tag_of(x) is None:
-        return x
-    real = real_values(x)
-    return real.clone() if real is x else real
-
-
-def _out_of_place(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"inplace": False} if "inplace" in kwargs else {}
-
-
-def _is_redirected_step(module: nn.Module) -> bool:
-    # Under DDP, Lightning sends the whole `training_step` through a temporary `forward`. The calls
-    # the step makes start the instrumented forward, so that losses and metrics stay outside.
-    if torch.compiler.is_compiling():
-        return False
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
-
-
 def _keep_what_is_missing(
     module: Instrumentation, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
@@ -777,10 +514,6 @@ def _real_with_tag(x: Tensor) -> Tensor:
     if tag is None or x.dtype.is_floating_point:
         return x
     return with_tag(real_values(x), tag)
-
-
-def _in_order(args: tuple[Any, ...], canonical: Canonical) -> tuple[Any, ...]:
-    return (args[1], args[0], *args[2:]) if canonical.swapped else args
 
 
 def _module_name(key: str) -> str:

@@ -20,7 +20,7 @@ from lightning_linger.core.registry import op_of
 from lightning_linger.core.tags import takes_activations
 
 if TYPE_CHECKING:
-    from lightning_linger.core.instrumentation import Activation
+    from lightning_linger.core.frames import Activation
 
 
 class WholeModelRan(BaseException):

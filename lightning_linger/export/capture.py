@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
+from lightning_linger.core.calls import Event
 from lightning_linger.core.errors import (
     LingerError,
     QuantizationWarning,
     UnsupportedError,
 )
-from lightning_linger.core.instrumentation import Event, Instrumentation
+from lightning_linger.core.instrumentation import Instrumentation
 from lightning_linger.core.locations import caller_location, raised_at
 from lightning_linger.export.inputs import Inputs, path_name, unique_names
 from lightning_linger.export.schemas import TENSOR_TYPES

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_linger.core.calls import Event
 from lightning_linger.core.errors import ConfigError, NotReadyError, UnsupportedError
-from lightning_linger.core.instrumentation import Event, instrumentation_of
+from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.tags import tag_of
 from lightning_linger.export.engines import engine_of
 from lightning_linger.export.exporter import METADATA_PREFIX

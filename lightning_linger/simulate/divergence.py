@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_linger.core.calls import Event, Tap
 from lightning_linger.core.fake_quantize import Bound
-from lightning_linger.core.instrumentation import (
-    Event,
-    Instrumentation,
-    Tap,
-    instrumentation_of,
-)
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.sites import Site, real_values
 from lightning_linger.core.tags import tag_of

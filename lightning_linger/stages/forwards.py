@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_linger.core.calls import Event, Tap
 from lightning_linger.core.capture import without_autocast
 from lightning_linger.core.distributed import sum_over_ranks
 from lightning_linger.core.errors import ConfigError, NotReadyError
 from lightning_linger.core.fake_quantize import Scalar
-from lightning_linger.core.instrumentation import Event, Instrumentation, Tap, instrumentation_of
+from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.folding import full

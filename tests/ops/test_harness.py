@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
+from lightning_linger.core.calls import Event
 from lightning_linger.core.errors import UnsupportedError
-from lightning_linger.core.instrumentation import Event, instrumentation_of
+from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.integer import code_limits
 from lightning_linger.core.registry import all_ops, op_of
 from lightning_linger.core.sites import Site, real_values

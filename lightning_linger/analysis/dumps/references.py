@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_linger.core.instrumentation import SiteCall
+from lightning_linger.core.calls import SiteCall
 from lightning_linger.core.sites import Site, real_values
 from lightning_linger.core.tags import tag_of
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
-from lightning_linger.core.instrumentation import Event, instrumentation_of
+from lightning_linger.core.calls import Event
+from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.sites import Site, integer_codes
 from lightning_linger.core.tags import Tag, tag_of
 from tests.models import train
