@@ -8,6 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -513,6 +514,47 @@ def test_row50_graphs_reproduce_the_run_model(system: str, bits: int) -> None:
         program = torch.export.export(model, (first,), strict=False)
         assert torch.equal(traced(second), expected)
         assert torch.equal(program.module()(second), expected)
+
+
+def test_row50_compiled() -> None:
+    first, second = data(2)
+    model = linger.calibrate(net(), [first], config())
+    expected = run(model, second)
+    run(model, first)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(second), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "granularity"),
+    [
+        (nn.Linear(8, 5), (4, 8), "tensor"),
+        (nn.Linear(8, 5), (2, 3, 8), "channel"),
+        (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9), "tensor"),
+        (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9), "channel"),
+        (nn.Conv3d(4, 6, 2, bias=False), (2, 4, 5, 5, 5), "channel"),
+    ],
+    ids=["matrix", "rows", "conv1d", "conv2d", "conv3d"],
+)
+def test_an_exported_layer_runs_in_onnxruntime(
+    layer: nn.Module, shape: tuple[int, ...], granularity: str, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    model = linger.calibrate(copy.deepcopy(layer), [x], config(granularity=granularity))
+    path = linger.export_onnx(model, (x,), tmp_path / "layer.onnx", "qdq")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.array_equal(found, run(model, x).numpy())
+
+
+def test_what_onnxruntime_cannot_add_up_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    model = linger.calibrate(nn.Linear(8, 5), [x], config(**WIDE))
+    with pytest.raises(linger.UnsupportedError, match="may exceed 2"):
+        linger.export_onnx(model, (x,), tmp_path / "layer.onnx", "qdq")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
