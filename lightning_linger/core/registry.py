@@ -109,6 +109,14 @@ class Op:
         """Return how many output channels the weight has, where its range can be learned."""
         raise NotImplementedError
 
+    def learned_weights(self, call: Any) -> Mapping[str, int | None]:
+        """Name the weights of a recorded call whose ranges can be learned.
+
+        Returns:
+            For each how many output channels it has, None where it has one scale always.
+        """
+        return {"weight": self.weight_channels(call)} if self.learns_weight_ranges else {}
+
     def parts(self, call: Any, config: QuantConfig, platform: Platform) -> Mapping[str, Part]:
         """Name the quantizers inside the op: ``site.parts[name]``."""
         return {}

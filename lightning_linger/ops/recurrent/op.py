@@ -32,6 +32,7 @@ from lightning_linger.ops.recurrent.flow import (
     finish_reals,
     limited_parameters,
     part_name,
+    projections,
 )
 from lightning_linger.ops.recurrent.fusion import is_fused
 from lightning_linger.ops.recurrent.kernels import from_rows, to_rows
@@ -53,6 +54,11 @@ class RecurrentOp(Op):
     takes_window = False
     learns_ranges = False
     exact_with_free_scales = True
+
+    def learned_weights(self, call: RecurrentCall) -> Mapping[str, int | None]:
+        """Every weight of every direction."""
+        maps = [projections(d) for directions in directions_of(call) for d in directions]
+        return {p.name: p.weight.shape[0] for three in maps for p in three if p is not None}
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
