@@ -14,7 +14,7 @@ import lightning_linger as linger
 from lightning_linger.analysis.sensitivity import read_sensitivities
 from lightning_linger.cli import main
 
-MODELS = '''
+MODELS = """
 import torch
 from torch import nn
 
@@ -30,7 +30,7 @@ class Net(nn.Module):
     def forward(self, x, scale=None):
         y = torch.relu(self.bn(self.conv(x))).mean(2)
         return self.fc(y if scale is None else y * scale)
-'''
+"""
 
 
 @pytest.fixture
