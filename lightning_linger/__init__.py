@@ -20,6 +20,7 @@ from lightning_linger.core.errors import (
     UnsupportedError,
 )
 from lightning_linger.core.functions import operator
+from lightning_linger.core.images import FirstConv
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.verification import verify
 from lightning_linger.nn import LSTMP, UBLSTMP
@@ -32,6 +33,7 @@ from lightning_linger.stages.calibrate import calibrate
 from lightning_linger.stages.checkpoints import load_checkpoint
 from lightning_linger.stages.correct_bias import correct_bias
 from lightning_linger.stages.equalize import equalize
+from lightning_linger.stages.firstconv import take_raw_images
 from lightning_linger.stages.freeze import freeze_ranges
 from lightning_linger.stages.fuse_bn import fuse_bn
 from lightning_linger.stages.learned import learned_ranges, parameter_groups
@@ -46,6 +48,7 @@ from lightning_linger.stages.selection import (
     normalize_module,
     quant_module,
 )
+from lightning_linger.stages.skipped import skipped_layers
 from lightning_linger.stages.summary import summary
 from lightning_linger.stages.widths import change_bits
 
@@ -55,6 +58,7 @@ __all__ = [
     "AdaRoundConfig",
     "ConfigError",
     "Dumper",
+    "FirstConv",
     "FuseConfig",
     "Limit",
     "LingerError",
@@ -101,7 +105,9 @@ __all__ = [
     "reestimate_bn",
     "resources",
     "sensitivity",
+    "skipped_layers",
     "strip",
     "summary",
+    "take_raw_images",
     "verify",
 ]

@@ -142,6 +142,24 @@ def test_algorithms_make_post_training_quantization_work(
     assert "venusa, 4 bit" in printed
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_row33_row49_a_model_is_calibrated_saved_and_run(
+    examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = examples.ptq.main(tmp_path, epochs=3)
+    models = [name for name in results if f"{name} differing" in results]
+    assert len(models) == 6
+    for name in set(models) - {"float", "from CATCH's state dict"}:
+        assert results[f"{name} differing"] == 0, name
+    # Its ranges are one unit in the last place away, which moves a code in many.
+    assert results["from CATCH's state dict differing"] < 0.02 * results["logits"]
+    assert results["float"] > 0.9
+    assert abs(results["run"] - results["float"]) < 0.01
+    assert (tmp_path / "quantized.pt").is_file()
+    assert "fc.scale" in torch.load(tmp_path / "catch.pth", weights_only=True)
+    assert "run, raw images" in capsys.readouterr().out
+
+
 def cifar_folder(folder: Path, images: int) -> np.ndarray:
     """Write files of the binary layout, and return their records."""
     rng = np.random.default_rng(0)

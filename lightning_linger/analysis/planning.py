@@ -65,7 +65,8 @@ def planned(
         with kept_plan(model):
             # As the callbacks do it: batch norms are folded, and every layer is quantized.
             plan_fuse_bn(model, FuseConfig())
-            plan_quantize(model, QuantConfig(platform=target.name))
+            results = {"output_bits": None} if target.layers_only else {}
+            plan_quantize(model, QuantConfig(platform=target.name).override(results))
             yield instrumentation, target
     finally:
         if prepared_here:

@@ -12,11 +12,13 @@ from lightning_linger.callbacks._compat import misconfiguration
 from lightning_linger.callbacks.discovery import run_step, silent, step_of
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.schedule import NEVER
-from lightning_linger.core.config import Granularity
+from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.grid import ScaleKind, Symmetry
+from lightning_linger.core.images import FirstConv
 from lightning_linger.core.rounding import Rounding
-from lightning_linger.stages.calibrate import learning_ranges
+from lightning_linger.stages.calibrate import learning_ranges, settle
+from lightning_linger.stages.firstconv import take_raw_images
 from lightning_linger.stages.prepare import check_example
 
 
@@ -38,8 +40,14 @@ class CalibrateCallback(QuantizeCallback):
         granularity: ``tensor`` or ``channel`` scales of weights; None takes the platform's.
         symmetry: ``symmetric`` or ``affine`` activations; None takes the platform's.
         rounding: None takes the platform's.
-        range: Range estimator of activations, or a fixed range.
+        range: Range estimator of activations, or a fixed range; None takes the preset's, or
+            ``absmax``.
         weight_range: Range estimator of weights, or a fixed range.
+        data_scale: What the ranges that activations ask for are multiplied with.
+        preset: Name of a scheme, e.g. ``cambricon``, or a mapping of its ``name`` and its fields,
+            in the place of the fields above.
+        firstconv: Let the model take raw uint8 images from the end of ``fit`` on (see
+            :func:`lightning_linger.take_raw_images`); it is trained on normalized ones.
         types: Allow-list of module types or op kinds.
         modules: Globs on dotted paths.
         overrides: Fields per glob or ``type:Name``; None leaves a layer in float.
@@ -60,14 +68,19 @@ class CalibrateCallback(QuantizeCallback):
         granularity: Granularity | None = None,
         symmetry: Symmetry | None = None,
         rounding: Rounding | None = None,
-        range: str | float = "absmax",
+        range: str | float | None = None,
         weight_range: str | float = "absmax",
+        data_scale: float = 1.0,
+        preset: str | dict[str, Any] | None = None,
+        firstconv: FirstConv | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         strict_platform: bool = False,
         allow_changes: bool = False,
     ) -> None:
+        if range is None:
+            range = "absmax" if preset is None else QuantConfig().range
         super().__init__(
             platform=platform,
             weight_bits=weight_bits,
@@ -80,6 +93,8 @@ class CalibrateCallback(QuantizeCallback):
             rounding=rounding,
             range=range,
             weight_range=weight_range,
+            data_scale=data_scale,
+            preset=preset,
             types=types,
             modules=modules,
             overrides=overrides,
@@ -90,7 +105,14 @@ class CalibrateCallback(QuantizeCallback):
             msg = f"`batches` must be a positive integer. Found: {batches!r}."
             raise ConfigError(msg)
         self.batches = batches
+        self.firstconv = firstconv
         self.schedule.at_epoch = NEVER
+
+    def plan(self, module: Any) -> None:
+        """Create the quantizers, and let the first convolution take raw images."""
+        super().plan(module)
+        if self.firstconv is not None:
+            take_raw_images(module, self.firstconv)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse early what could not be calibrated late."""
@@ -112,3 +134,4 @@ class CalibrateCallback(QuantizeCallback):
                 )
                 check_example(moved)
                 run_step(step, moved)
+        settle(pl_module)

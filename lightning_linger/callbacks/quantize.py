@@ -18,6 +18,7 @@ from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.rounding import TrainingRounding
+from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.platforms import platform_of
 from lightning_linger.presets import read_preset
 from lightning_linger.stages.freeze import freeze_ranges, is_frozen
@@ -65,6 +66,7 @@ class QuantizeCallback(StageCallback):
         seed: Of stochastic rounding.
         statistics_bits: Width of the running statistics of batch norms in evaluation; None leaves
             them in float.
+        data_scale: What the ranges that activations ask for are multiplied with.
         preset: Name of a scheme (see :func:`lightning_linger.preset`), or a mapping of its ``name``
             and its fields, in the place of all the fields above.
         types: Allow-list of module types or op kinds.
@@ -109,6 +111,7 @@ class QuantizeCallback(StageCallback):
         strict_maximum: bool = False,
         seed: int = 0,
         statistics_bits: int | None = None,
+        data_scale: float = 1.0,
         preset: str | dict[str, Any] | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
         modules: Sequence[str] | None = None,
@@ -154,6 +157,7 @@ class QuantizeCallback(StageCallback):
             strict_maximum=strict_maximum,
             seed=seed,
             statistics_bits=statistics_bits,
+            data_scale=data_scale,
         )
         if preset is not None:
             self.config = _read_alone(preset, self.config)
@@ -176,6 +180,8 @@ class QuantizeCallback(StageCallback):
         """Create the quantizers, and say once what stays float."""
         plan_quantize(module, self.config, self.types, self.modules, self.overrides)
         left = float_sites(module)
+        if platform_of(self.config.platform).layers_only:
+            left = [site for site in left if isinstance(site.op, WeightedOp)]
         if left:
             shown = ", ".join(f"`{site.key}` ({site.why_float})" for site in left[:5])
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""

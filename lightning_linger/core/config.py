@@ -48,6 +48,8 @@ class QuantConfig:
         range: Range estimator of activations, e.g. ``ema_absmax``, ``mean_mse`` or ``99.9%``
             (see :mod:`lightning_linger.core.ranges`), a number for a fixed range, or ``lsq``,
             ``tqt`` or ``pact`` to learn it.
+        data_scale: What the ranges that activations ask for are multiplied with (Cambricon); not
+            those of weights, and not those given as a number.
         weight_range: Range estimator of weights, without ``ema_``, ``mean_`` or ``last_``: a weight
             is always seen whole. Beyond its range a weight is clipped and has no gradient. ``lsq``
             and ``tqt`` learn it; batch norms, selections and products with a weight keep the
@@ -92,6 +94,7 @@ class QuantConfig:
     strict_maximum: bool = False
     seed: int = 0
     statistics_bits: int | None = None
+    data_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
@@ -111,6 +114,9 @@ class QuantConfig:
         _require_choice("rounding", self.rounding, (*ROUNDINGS, STOCHASTIC, None))
         _require_choice("narrow_weights", self.narrow_weights, (True, False, None))
         _require_choice("strict_maximum", self.strict_maximum, (True, False))
+        if type(self.data_scale) not in (int, float) or not 0 < self.data_scale < math.inf:
+            msg = f"`data_scale` must be a positive number. Found: {self.data_scale!r}."
+            raise ConfigError(msg)
         if type(self.seed) is not int or self.seed < 0:
             msg = f"`seed` must be a non-negative integer. Found: {self.seed!r}."
             raise ConfigError(msg)

@@ -45,6 +45,8 @@ class Grid:
         exponents: Smallest and largest exponent of a power-of-two step.
         symmetry: ``symmetric`` around zero, or ``affine``: the range has two ends of its own, and
             a whole number, the zero point, stands for zero.
+        exclusive: A range that is itself a power of two takes the next coarser power-of-two step:
+            ``2^(floor(log2(absmax)) - (bits - 2))``, Cambricon's position.
     """
 
     bits: int = 8
@@ -55,6 +57,7 @@ class Grid:
     closed: bool = False
     exponents: tuple[int, int] = (MIN_EXPONENT, MAX_EXPONENT)
     symmetry: Symmetry = "symmetric"
+    exclusive: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -99,7 +102,9 @@ class Grid:
         if self.scale_kind == "free":
             return absmax / self.qmax
         mantissa, exponent = torch.frexp(absmax)
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype) - (self.bits - 1)
+        exponent = exponent - (self.bits - 1)
+        if not self.exclusive:
+            exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
         if self.strict:
             exponent = exponent + (absmax > torch.ldexp(self._top(absmax), exponent))
         exponent = exponent.clamp(*self.exponents)
@@ -112,7 +117,7 @@ class Grid:
         if self.scale_kind == "free":
             return float(np.float32(absmax) / np.float32(self.qmax))
         mantissa, exponent = math.frexp(absmax)
-        exponent -= (mantissa == 0.5) + self.bits - 1
+        exponent -= (mantissa == 0.5 and not self.exclusive) + self.bits - 1
         if self.strict:
             exponent += absmax > math.ldexp(self.qmax, exponent)
         low, high = self.exponents

@@ -176,6 +176,7 @@ class Instrumentation(nn.Module):
         planned = {
             "format": FORMAT_VERSION,
             "quantizers": self._quantizer_names(),
+            "layers": self._layers(),
             "plans": self.plans,
             "marks": self.marks,
             "example": self.example,
@@ -257,6 +258,22 @@ class Instrumentation(nn.Module):
 
     def _quantizer_names(self) -> list[str]:
         return [q.name for site in self.sites for q in site.quantizers()]
+
+    def _layers(self) -> dict[str, Any]:
+        """Return how each layer is quantized, for who reads a state without its model."""
+        return {
+            site.key: {
+                "platform": site.config.platform,
+                "weight_bits": site.weight_bits,
+                "activation_bits": site.config.activation_bits,
+                "granularity": site.granularity,
+                "weight_range": site.config.weight_range,
+                "folded": site.active_fold is not None,
+                "firstconv": site.firstconv is not None,
+            }
+            for site in self.sites
+            if site.config is not None and site.weight_grid is not None
+        }
 
     def detach_hooks(self) -> None:
         """Remove every hook from the model."""

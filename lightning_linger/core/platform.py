@@ -41,6 +41,13 @@ class Platform:
             ``venus``, ``arcs`` or ``venusa`` (see :mod:`lightning_linger.ops.luna`), ``tflite``
             (:mod:`lightning_linger.ops.tflite`) or ``tflite_float`` (its tables in floating point);
             ``table`` means that tables over codes and exact integer steps take their place.
+        layers_only: Integers exist inside convolutions and linear layers only: their results are
+            real numbers, biases are added to these in float32, and all other ops stay float.
+        channel_scale: Scale kind of weights with one scale per channel, None for that of all.
+        exclusive_powers: How a power-of-two step covers a range that is itself a power of two, see
+            :class:`lightning_linger.core.grid.Grid`.
+        unseen_step: Step of an input whose range calibration has not seen, or has seen as zero;
+            None leaves such a site in float.
         unsupported: Ops its engine cannot run, and what to use instead.
         stays_float: Ops that are never quantized for it, and why.
         dialect: Export dialect the target reads, empty where no file is made for it.
@@ -58,6 +65,10 @@ class Platform:
     engine_name: str
     zero_point: int = 0
     curves: str = "table"
+    layers_only: bool = False
+    channel_scale: ScaleKind | None = None
+    exclusive_powers: bool = False
+    unseen_step: float | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
     symmetry: Symmetry = "symmetric"
     multiplier_rounding: FixedPointRounding = "double"

@@ -54,6 +54,7 @@ class Quantizer(nn.Module):
         range: Name of the range estimator, a fixed absolute maximum, or the two ends of a fixed
             range.
         window: What the follower lets through.
+        factor: What the range that a batch asks for is multiplied with.
         learns: Whether a range that can be learned is; otherwise it stays with its estimator.
 
     Attributes:
@@ -69,12 +70,13 @@ class Quantizer(nn.Module):
         range: str | float | tuple[float, float],
         window: Window | None = None,
         learns: bool = True,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.name = name
         self.grid = grid
         self.window = window or Window()
-        self.estimator = RangeEstimator(range, name, grid)
+        self.estimator = RangeEstimator(range, name, grid, factor)
         kind = self.estimator.rule.learned
         self.learned = _learned(kind, grid, name) if kind is not None and learns else None
         # For reports: a platform may have made the step coarser than the range asks for.
@@ -107,6 +109,11 @@ class Quantizer(nn.Module):
             self.learned.follow_range(*self.estimator.range.unbind())
             if torch.is_grad_enabled():
                 self.learned.start()
+
+    def assume(self, absmax: float) -> None:
+        """Take a range that comes from no batch."""
+        self.estimator.assume(absmax)
+        self.thaw()
 
     def watch(self, x: Tensor, cap: float = math.inf) -> None:
         """Move the range by a batch that is not rounded; gradients do not take over from here."""

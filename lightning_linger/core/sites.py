@@ -19,9 +19,10 @@ from lightning_linger.core.config import (
     QuantConfig,
 )
 from lightning_linger.core.distributed import mean_over_ranks
-from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.gradients import GradientQuantizer
+from lightning_linger.core.images import FirstConv, normalized
 from lightning_linger.core.integer import (
     code_limits,
     dequantize,
@@ -141,6 +142,7 @@ class Site(nn.Module):
         weight_rule: Range estimator of the weight.
         learned_weight: Learned range of the weight, None for one that is only measured.
         learned_parts: Those of further weights, where the op has several.
+        firstconv: How raw images are normalized here, None where none are taken.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -158,6 +160,8 @@ class Site(nn.Module):
     """
 
     output_bound: Tensor
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, node: Node, op: Op, owner: nn.Module, switches: Switches) -> None:
         super().__init__()
@@ -187,6 +191,7 @@ class Site(nn.Module):
         self.prepared: dict[str, Any] = {}
         self.seen: dict[int, Tag | None] = {}
         self.released = False
+        self.firstconv: FirstConv | None = None
         self.weight_is_computed = False
         self.frozen: frozenset[FrozenPart] = frozenset()
         self.floating: frozenset[FloatPart] = frozenset()
@@ -317,6 +322,28 @@ class Site(nn.Module):
         found: float | None = self.prepared["output_limit"]
         return found
 
+    def take_raw_images(self, firstconv: FirstConv | None, device: torch.device) -> None:
+        """Normalize raw images here from now on, or no longer."""
+        self.firstconv = firstconv
+        constants = (None, None) if firstconv is None else firstconv.constants(device)
+        for name, constant in zip(("image_mean", "image_std"), constants, strict=True):
+            # The plan of the model holds them, so its state need not.
+            self.register_buffer(name, constant, persistent=False)
+
+    def image(self, raw: Tensor) -> Tensor:
+        """Return a raw image normalized, in float32.
+
+        Raises:
+            ConfigError: If nobody said how.
+        """
+        if self.firstconv is None:
+            msg = (
+                f"`{self.key}` got uint8. It takes raw images if it is the first convolution and "
+                "`firstconv` is passed to `linger.calibrate`; normalize them otherwise."
+            )
+            raise ConfigError(msg)
+        return normalized(raw, self.image_mean, self.image_std)
+
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.
 
@@ -348,6 +375,13 @@ class Site(nn.Module):
             return None
         quantizer: Any = self.inputs[name]
         return self.quantized_input(quantizer, x)
+
+    def operand_codes(self, position: int, x: Tensor) -> Tensor | None:
+        """Return an operand as codes in any number system, see :meth:`operand`."""
+        name = str(position)
+        if tag_of(x) is not None or name not in self.inputs:
+            return self.operand(position, x)
+        return self._quantized_codes(self.inputs[name], x)  # type: ignore[arg-type]
 
     def width_of_operand(self, position: int, default: int) -> int:
         """Return the width that an operand must have."""
@@ -560,6 +594,11 @@ class Site(nn.Module):
         return self.weight_grid.bits if self.weight_grid else 8
 
     @property
+    def gives_real_results(self) -> bool:
+        """Whether the target leaves the integers behind each layer and adds biases there."""
+        return self.platform is not None and self.platform.layers_only
+
+    @property
     def has_groups(self) -> bool:
         """Whether parts of the weight along its input dimension have scales of their own."""
         grouped = self.granularity == "input_channel" or isinstance(self.granularity, int)
@@ -589,6 +628,9 @@ class Site(nn.Module):
         """Round a plain tensor with an input quantizer in the current number system."""
         if self.switches.system != "integer":
             return quantizer(x, learn=self.learning)  # type: ignore[no-any-return]
+        return self._quantized_codes(quantizer, x)
+
+    def _quantized_codes(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         x = real_values(x)
         step = float(quantizer.step())
         low, high = quantizer.code_bounds(step)

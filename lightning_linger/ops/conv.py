@@ -389,6 +389,10 @@ class ConvOp(WeightedOp):
             weight = weight.view(call.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
         return weight.flatten(1)
 
+    def along_output(self, call: ConvCall, values: Tensor) -> Tensor:
+        """The channel stands before the spatial dimensions, with a batch or without."""
+        return values.view(-1, *[1] * self.dims)
+
     def integer_kernel(
         self, site: Site, call: ConvCall, x: Tensor, prepared: Prepared, result: IntegerResult
     ) -> Tensor:

@@ -122,6 +122,10 @@ class LinearOp(WeightedOp):
         """Rows are output channels already."""
         return weight
 
+    def along_output(self, call: LinearCall, values: Tensor) -> Tensor:
+        """The channel is the last dimension."""
+        return values
+
     def integer_kernel(
         self, site: Site, call: LinearCall, x: Tensor, prepared: Prepared, result: IntegerResult
     ) -> Tensor:

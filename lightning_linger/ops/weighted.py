@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_linger.core.capture import can_read, capturing, without_autocast
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.images import is_raw
 from lightning_linger.core.integer import (
     EXACT_FLOAT32,
     code_limits,
@@ -68,7 +69,7 @@ class Prepared:
         in_codes: Whether the layer gives its output in codes plus one half, so that rounding it
             up is a floor.
         codes: The weight's codes.
-        bias_codes: The bias's codes, int32.
+        bias_codes: The bias's codes, int32; None too where it is added to real results.
         steps: Steps of the weight, one or one per output channel.
         scale_x: Step of the input.
         bits_x: Width of the input.
@@ -130,6 +131,10 @@ class WeightedOp(Op):
         """Return the weight as ``[C_out, N]``, a row for each output channel."""
         raise NotImplementedError
 
+    def along_output(self, call: Any, values: Tensor) -> Tensor:
+        """View ``[C_out]`` values so that they broadcast to the result."""
+        raise NotImplementedError
+
     def channel_reduce(self, call: Any, weight: Tensor, how: str) -> Tensor:
         """Reduce the absolute weight to ``[C_out]`` by ``amax`` or ``sum``."""
         rows = self.channel_rows(call, weight.abs())
@@ -145,6 +150,7 @@ class WeightedOp(Op):
 
     def run_float(self, site: Site, call: Any) -> Tensor:
         """Run folded and limited, not quantized."""
+        call = _with_image(site, call)
         if site.active_fold is None:
             return self._run(site, call, call.input, None, call.input.dtype)
         with without_autocast(call.input.device.type):
@@ -152,7 +158,10 @@ class WeightedOp(Op):
 
     def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
+        call = _with_image(site, call)
         with without_autocast(call.input.device.type):
+            if site.gives_real_results and not site.training and self._has_integers(site):
+                return self._evaluate_integers(site, call)
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
@@ -164,15 +173,50 @@ class WeightedOp(Op):
 
     def run_integer(self, site: Site, call: Any) -> Any:
         """Run on the integers."""
+        call = _with_image(site, call)
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
         tag = tag_of(x)
         assert tag is not None
+        if site.gives_real_results:
+            return self._real_result(site, call, integer_codes(x), tag)
         prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self.integer_kernel(site, call, integer_codes(x), prepared, result)
         y = with_tag(y, result.tag) if result.tag is not None else site.limit_output(y)
+        return mark_folded(y, COMPLETE) if site.active_fold is not None else y
+
+    # --- engines that leave the integers behind each layer ----------------------------------
+
+    def _has_integers(self, site: Site) -> bool:
+        return not capturing() or "weights" in site.prepared
+
+    def _evaluate_integers(self, site: Site, call: Any) -> Any:
+        """Run fake-quant in evaluation on the integers, which no other op sees."""
+        codes = site.operand_codes(0, call.input)
+        if codes is None:
+            return NotImplemented
+        tag = tag_of(codes)
+        assert tag is not None  # codes are tagged
+        value = self._real_result(site, call, integer_codes(codes), tag)
+        if not torch.is_grad_enabled() or capturing():
+            return value
+        x = site.operand(0, call.input)
+        assert x is not None  # it has codes
+        parameters = self._parameters(site, call, tag.step)
+        carrier = site.limit_output(self.apply(call, full(x), parameters.weight, parameters.bias))
+        value = straight_through(value, carrier.to(value.dtype))
+        return mark_folded(value, COMPLETE) if site.active_fold is not None else value
+
+    def _real_result(self, site: Site, call: Any, codes: Tensor, tag: Tag) -> Tensor:
+        """Return ``float32(accumulator) * (step_x * step_w) + bias``."""
+        prepared = self._prepare(site, call, tag)
+        result = IntegerResult(0.0, 0, 0, 0, None)
+        y = self.integer_kernel(site, call, codes, prepared, result)
+        if prepared.bias is not None:
+            y = y + self.along_output(call, prepared.bias)
+        y = site.limit_output(y).to(tag.dtype)
         return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     # --- training ---------------------------------------------------------------------------
@@ -291,7 +335,10 @@ class WeightedOp(Op):
         if step_x is None or site.weight_grid is None or site.config is None:
             return Parameters(weight, bias)
         grid = site.weight_grid
-        finest = finest_for_bias(bias, step_x, site.config.bias_bits, bias_headroom(site))
+        in_codes = not site.gives_real_results
+        finest = None
+        if in_codes:
+            finest = finest_for_bias(bias, step_x, site.config.bias_bits, bias_headroom(site))
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = self.channel_rows(call, own) if per_channel else own.reshape(1, -1)
@@ -316,7 +363,7 @@ class WeightedOp(Op):
         site.note("weight", call.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
-            if "biases" not in site.floating:
+            if in_codes and "biases" not in site.floating:
                 bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
             bias = site.with_rounded_gradient("bias", bias)
             site.note("bias", call.bias, bias, step_w * step_x)
@@ -384,7 +431,7 @@ class WeightedOp(Op):
             steps = self.per_channel(call, step_w) if step_w.dim() else step_w
             codes = torch.round(parameters.weight / steps)
             bias_codes = None
-            if parameters.bias is not None:
+            if parameters.bias is not None and not site.gives_real_results:
                 bias_codes = torch.round(parameters.bias.double() / (step_w.double() * step_x))
             bound = self.channel_reduce(call, codes.double(), "sum") * 2.0 ** (bits_x - 1)
             channels = bound.numel()
@@ -460,6 +507,13 @@ class IntegerResult:
     low: int
     high: int
     tag: Tag | None
+
+
+def _with_image(site: Site, call: Any) -> Any:
+    """Return a call with a raw image normalized."""
+    if not is_raw(call.input):
+        return call
+    return call._replace(input=site.image(call.input).to(call.weight.dtype))
 
 
 def finest_for_bias(

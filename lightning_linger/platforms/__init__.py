@@ -107,6 +107,25 @@ PLATFORMS: dict[str, Platform] = {
             zero_point=128,
         ),
         *VARIANTS,
+        # Cambricon's MLU: where it rounds ties to is said nowhere; this is torch's rule.
+        Platform(
+            name="mlu",
+            scale="free",
+            granularity="tensor",
+            rounding="half_even",
+            narrow_weights=False,
+            rescale="multiply",
+            add="round_sum",
+            dialect="qdq",
+            engine_name="mlu",
+            layers_only=True,
+            channel_scale="free",
+            exclusive_powers=True,
+            unseen_step=1.0,
+            unsupported={
+                f"conv_transpose{dims}d": "an upsampling, and a convolution" for dims in (1, 2, 3)
+            },
+        ),
     )
 }
 

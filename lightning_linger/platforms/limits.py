@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from lightning_linger.platforms.luna_limits import LUNA_LIMITS
-from lightning_linger.platforms.rules import RESULT_SIZE, AtMost, Limits, Never, Rule, setting_rules
+from lightning_linger.platforms.rules import (
+    RESULT_SIZE,
+    AtMost,
+    Limits,
+    Never,
+    Rule,
+    other_platform,
+    setting_rules,
+)
 
 _ONNXRUNTIME = (
     Rule(
@@ -61,6 +69,12 @@ LIMITS: dict[str, Limits] = {
             _ONNXRUNTIME,
             about="CPUs, through the `qdq` dialect. Only what the export cannot write, or not "
             "exactly, is a rule.",
+        ),
+        Limits(
+            "mlu",
+            (other_platform("mlu"),),
+            about="Cambricon's MLU. Layers run in integers and all else in float; nothing was "
+            "measured for it.",
         ),
     )
 }

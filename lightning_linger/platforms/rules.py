@@ -298,14 +298,19 @@ def setting_rules(platform: str, granularity: str | None, rounding: str) -> tupl
             "leave `rounding` to the platform",
             evidence="engine",
         ),
-        Rule(
-            "other_platform",
-            ("setting",),
-            "platform",
-            OneOf((platform,)),
-            "the model is quantized for the platform that it is checked for",
-            "quantize it for this platform",
-            severity="warning",
-            evidence="export",
-        ),
+        other_platform(platform),
+    )
+
+
+def other_platform(platform: str) -> Rule:
+    """Return the rule that a model is quantized for the platform it is checked for."""
+    return Rule(
+        "other_platform",
+        ("setting",),
+        "platform",
+        OneOf((platform,)),
+        "the model is quantized for the platform that it is checked for",
+        "quantize it for this platform",
+        severity="warning",
+        evidence="export",
     )

@@ -5,11 +5,14 @@ from typing import Any
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, near_matches
+from lightning_linger.presets.cambricon import cambricon_config
+from lightning_linger.presets.catch_spec import calibration_of
 from lightning_linger.presets.linger import linger_config
 from lightning_linger.presets.nics_fix import nics_fix_config
 from lightning_linger.presets.tflite import tflite_config
 
 PRESETS: dict[str, Callable[..., QuantConfig]] = {
+    "cambricon": cambricon_config,
     "linger": linger_config,
     "nics_fix": nics_fix_config,
     "tflite": tflite_config,
@@ -50,4 +53,4 @@ def read_preset(spec: str | Mapping[str, Any]) -> QuantConfig:
     return preset(**spec)
 
 
-__all__ = ["PRESETS", "preset", "read_preset"]
+__all__ = ["PRESETS", "calibration_of", "preset", "read_preset"]

@@ -3,52 +3,103 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_linger.core.config import QuantConfig
-from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.errors import ConfigError, QuantizationWarning
+from lightning_linger.core.images import FirstConv, is_raw
+from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
 from lightning_linger.core.progress import with_progress
+from lightning_linger.core.quantizer import Quantizer
+from lightning_linger.core.sites import Site
+from lightning_linger.stages.firstconv import raw_site, take_raw_images
 from lightning_linger.stages.journal import log_sites
-from lightning_linger.stages.prepare import check_example
+from lightning_linger.stages.prepare import check_example, prepare, strip
 from lightning_linger.stages.quantize import quantize
+from lightning_linger.stages.selection import Fields
+from lightning_linger.stages.skipped import skipped_layers
+
+_NOTHING = object()
 
 
 def calibrate(
-    model: nn.Module, loader: Iterable[Any], config: QuantConfig | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: QuantConfig | None = None,
+    *,
+    types: Sequence[type[nn.Module] | str] | None = None,
+    modules: Sequence[str] | None = None,
+    overrides: Mapping[str, Fields] | None = None,
+    firstconv: FirstConv | None = None,
+    batches: int | None = None,
+    inplace: bool = True,
 ) -> nn.Module:
-    """Move the ranges of a model over some batches; weights and statistics stay as they are.
+    """Quantize a model with ranges from some batches; weights and statistics stay as they are.
 
     Args:
-        model: A prepared model. If it is not quantized yet, it is, with ``config``.
+        model: A prepared model, or a plain one, whose sites are found with the first batch. If it
+            is not quantized yet, it is, with ``config``.
         loader: Batches: a tensor, a tuple or list whose first entry is the input, or a mapping of
             keyword inputs.
-        config: Used if the model is not quantized yet.
+        config: Used if the model is not quantized yet, e.g. ``linger.preset("cambricon")``.
+        types: Allow-list of module types or op kinds; used with ``config``, as are
+        modules: globs on dotted paths, and
+        overrides: fields per glob or ``type:Name``, or None to leave a layer in float.
+        firstconv: Let the model take raw uint8 images from then on; the batches may be raw or
+            normalized (see :func:`lightning_linger.take_raw_images`).
+        batches: How many batches move the ranges, None for all; that there are more is said once in
+            the log.
+        inplace: Whether the model itself is quantized, or a copy.
 
     Returns:
-        The model, in the mode it had.
+        The model or its copy, in the mode it had.
 
     Raises:
-        ConfigError: If the loader is empty.
+        ConfigError: If an argument is wrong, the loader is empty, or the model cannot be copied. A
+            plain model is then as it was.
     """
-    instrumentation = instrumentation_of(model)
-    if not instrumentation.switches.quantize:
-        quantize(model, config)
-    batches = 0
-    with learning_ranges(model):
-        for batch in with_progress(loader, "Calibrating"):
-            check_example(batch)
-            run_batch(model, batch)
-            batches += 1
-    if batches == 0:
+    _check_arguments(config, firstconv, batches)
+    if not inplace:
+        model = _copy_of(model)
+    given = iter(loader)
+    first = next(given, _NOTHING)
+    if first is _NOTHING:
         msg = "the calibration loader gave no batch."
         raise ConfigError(msg)
-    logger.info("calibrated %s on %d batches", type(model).__name__, batches)
+    plain = not is_prepared(model)
+    try:
+        if plain:
+            _prepare(model, first, firstconv)
+        if not instrumentation_of(model).switches.quantize:
+            quantize(model, config, types, modules, overrides)
+        if firstconv is not None:
+            take_raw_images(model, firstconv)
+            _require_quantized(raw_site(model))
+    except BaseException:
+        if plain:
+            strip(model)
+        raise
+    observed = 0
+    limited = itertools.islice(itertools.chain([first], given), batches)
+    with learning_ranges(model):
+        for batch in with_progress(limited, "Calibrating"):
+            check_example(batch)
+            run_batch(model, batch)
+            observed += 1
+    if batches is not None and next(given, _NOTHING) is not _NOTHING:
+        of = f" of {len(loader)}" if isinstance(loader, Sized) else ""
+        logger.warning("calibration used the first %d%s batches", observed, of)
+    settle(model)
+    _report_skipped(model)
+    logger.info("calibrated %s on %d batches", type(model).__name__, observed)
     log_sites(model)
     return model
 
@@ -78,9 +129,91 @@ def run_batch(model: nn.Module, batch: Any) -> None:
         batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
             inputs.
     """
+    args, kwargs = _inputs_of(batch)
+    model(*args, **kwargs)
+
+
+def settle(model: nn.Module) -> None:
+    """End a calibration: give inputs without a range, with a warning, the step of their engine."""
+    for site in instrumentation_of(model).sites:
+        unseen = None if site.platform is None else site.platform.unseen_step
+        for quantizer in site.inputs.values():
+            if unseen is None or not isinstance(quantizer, Quantizer):
+                continue
+            if not (quantizer.known and float(quantizer.estimator.absmax()) > 0):
+                quantizer.assume(unseen * quantizer.grid.qmax)
+                warnings.warn(
+                    f"`{quantizer.name}`: calibration has seen no finite value but zeros; its "
+                    f"scale is {unseen}. Calibrate with batches that reach it.",
+                    QuantizationWarning,
+                    stacklevel=3,
+                )
+
+
+def _require_quantized(raw: Site | None) -> None:
+    if raw is not None and not raw.quantized:
+        msg = (
+            f"`firstconv`: `{raw.key}` has to be quantized to take raw images, and stays float: "
+            f"{raw.why_float}."
+        )
+        raise ConfigError(msg)
+
+
+def _report_skipped(model: nn.Module) -> None:
+    skipped = [row for row in skipped_layers(model) if not row.chosen]
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} layers stay float: "
+            + ", ".join(f"`{row.layer}` ({row.why})" for row in skipped[:5])
+            + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+            + ". `linger.skipped_layers(model)` lists them all.",
+            QuantizationWarning,
+            stacklevel=3,
+        )
+
+
+def _check_arguments(config: Any, firstconv: Any, batches: Any) -> None:
+    if not isinstance(config, QuantConfig | None):
+        msg = (
+            "`config` is a linger.QuantConfig, or what linger.preset(...) returns. Found: "
+            f"{config!r}."
+        )
+        raise ConfigError(msg)
+    if not isinstance(firstconv, FirstConv | None):
+        msg = f"`firstconv` is a linger.FirstConv(mean, std). Found: {firstconv!r}."
+        raise ConfigError(msg)
+    if batches is not None and (type(batches) is not int or batches < 1):
+        msg = f"`batches` must be a positive integer, or None for all. Found: {batches!r}."
+        raise ConfigError(msg)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a user's module raises
+        msg = (
+            f"{type(model).__name__} cannot be copied ({error}). Calibrate it in place, with "
+            "inplace=True, or make the copy yourself."
+        )
+        raise ConfigError(msg) from error
+
+
+def _prepare(model: nn.Module, batch: Any, firstconv: FirstConv | None) -> None:
+    args, kwargs = _inputs_of(batch)
+    if firstconv is not None:
+        # In float the model takes normalized images alone.
+        args = tuple(_normalized(x, firstconv) for x in args)
+        kwargs = {name: _normalized(x, firstconv) for name, x in kwargs.items()}
+    prepare(model, args, kwargs)
+
+
+def _normalized(x: Any, firstconv: FirstConv) -> Any:
+    return firstconv.normalized(x) if isinstance(x, Tensor) and is_raw(x) else x
+
+
+def _inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        model(batch[0])
-    else:
-        model(batch)
+        return (), dict(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return (batch[0],), {}
+    return (batch,), {}

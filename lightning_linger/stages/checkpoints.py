@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_linger.core.config import FuseConfig, NormalizeConfig, QuantConfig, override
 from lightning_linger.core.errors import ConfigError, LingerError, UnsupportedError
 from lightning_linger.core.graph import Graph
+from lightning_linger.core.images import FirstConv
 from lightning_linger.core.instrumentation import (
     EXTRA_STATE,
     STATE_PREFIX,
@@ -29,6 +30,7 @@ from lightning_linger.core.recipe import (
 )
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.sharding import class_name
+from lightning_linger.stages.firstconv import take_raw_images
 from lightning_linger.stages.fuse_bn import plan_fuse_bn
 from lightning_linger.stages.normalize import plan_normalize
 from lightning_linger.stages.prepare import prepare, prepare_from, strip
@@ -243,6 +245,8 @@ def _plan(model: nn.Module, recipe: Mapping[str, Any]) -> None:
             plan_normalize(model, NormalizeConfig().override(settings), *chosen)
         elif stage == "quantize":
             plan_quantize(model, QuantConfig().override(settings), *chosen)
+        elif stage == "firstconv":
+            take_raw_images(model, FirstConv.parse(settings))
         else:
             msg = f"the checkpoint has a stage {stage!r} that this version does not know."
             raise ConfigError(msg)

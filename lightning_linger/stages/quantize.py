@@ -217,14 +217,15 @@ class _Planner:
         fields, reason = self.selection.resolve(self.model, site)
         operands = [x for x in site.op.operands(call) if isinstance(x, TensorSpec)]
         reason = reason or self._obstacle(site, call, operands, on_grid)
+        config = self.config.override(dict(fields or {}))
+        platform = platform_of(config.platform)
+        if platform.layers_only and not isinstance(site.op, WeightedOp):
+            reason = reason or f"platform {platform.name!r} quantizes layers only"
+        kept = platform.stays_float.get(site.op.variant(call))
+        if kept is not None:
+            reason = reason or f"platform {platform.name!r}: {kept}"
         if reason is not None or fields is None:
             site.config, site.why_float = None, reason
-            return False
-        config = self.config.override(dict(fields))
-        platform = platform_of(config.platform)
-        reason = platform.stays_float.get(site.op.variant(call))
-        if reason is not None:
-            site.config, site.why_float = None, f"platform {platform.name!r}: {reason}"
             return False
         self._refuse_unsupported(site, call, config, platform)
         site.config, site.platform, site.why_float = config, platform, None
@@ -309,6 +310,12 @@ class _Planner:
                 f"Found: {scale!r}."
             )
             raise ConfigError(msg)
+        if platform.layers_only and config.output_bits is not None:
+            msg = (
+                f"`{site.key}`: layers of platform {platform.name!r} give real results. Set "
+                f"output_bits=None. Found: {config.output_bits}."
+            )
+            raise ConfigError(msg)
         if config.output_bits is not None and config.output_bits > WIDEST_OPERAND:
             if granularity == "channel":
                 msg = (
@@ -390,10 +397,17 @@ class _Planner:
         rounding = rounding_of(config, platform)
         # A range that is known, like a sigmoid's, comes with the step of its function.
         strict = config.strict_maximum and known_range is None
-        symmetry = symmetry_of(config, platform, bits)
-        grid = Grid(bits, scale, rounding, strict=strict, symmetry=symmetry)
+        grid = Grid(
+            bits,
+            scale,
+            rounding,
+            strict=strict,
+            exclusive=platform.exclusive_powers,
+            symmetry=symmetry_of(config, platform, bits),
+        )
         kind = config.range if known_range is None else known_range
-        quantizer = Quantizer(name, grid, kind, learns=site.op.learns_ranges)
+        learns, factor = site.op.learns_ranges, config.data_scale
+        quantizer = Quantizer(name, grid, kind, learns=learns, factor=factor)
         quantizer.gradient = self._gradient(site, name)
         quantizer.train(self.model.training)
         return quantizer.to(self.device)
@@ -463,12 +477,16 @@ class _Planner:
 
 
 def _weight_grid(config: QuantConfig, platform: Platform) -> Grid:
+    scale = config.scale or platform.scale
+    if (config.granularity or platform.granularity) == "channel":
+        scale = platform.channel_scale or scale
     return Grid(
         config.weight_bits,
-        config.scale or platform.scale,
+        scale,
         rounding_of(config, platform),
         platform.narrow_weights if config.narrow_weights is None else config.narrow_weights,
         config.strict_maximum,
+        exclusive=platform.exclusive_powers,
     )
 
 

@@ -16,6 +16,9 @@ from lightning_linger.core.sites import Site
 Fields = Mapping[str, Any] | None
 TYPE_PREFIX = "type:"
 
+# How reasons begin that say that somebody chose to leave a site out.
+CHOICES = ("override", "marked", "not in `types`", "not in `modules`")
+
 QUANT_MARK = "_linger_quant"
 NORMALIZE_MARK = "_linger_normalize"
 

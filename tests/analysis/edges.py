@@ -602,4 +602,5 @@ EDGES: list[Edge] = [
     Edge("packed_sequence", lstm(), lstm(packed), ("onnxruntime",)),
     Edge("rounding", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"rounding": "half_up"}),
     Edge("other_platform", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"platform": "arcs"}),
+    Edge("other_platform", PLAIN, PLAIN, ("mlu",), {"output_bits": None}, {"platform": "arcs"}),
 ]

@@ -1,11 +1,13 @@
 """Post-training quantization at the end of a run."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_linger as linger
 from lightning_linger.callbacks import (
@@ -71,3 +73,46 @@ def test_what_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, [CalibrateCallback()], epochs=1).fit(Manual(), loader())
     with pytest.raises(Exception, match=r"two "):
         fitted(tmp_path, [QuantizeCallback(), CalibrateCallback()])
+
+
+FIRSTCONV = linger.FirstConv([0.4], [0.25])
+
+
+def test_row33_row40_cambricon_at_the_end_of_a_run(tmp_path: Path) -> None:
+    pl.seed_everything(2, verbose=False)
+    raw = torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8)
+    data = TensorDataset(FIRSTCONV.normalized(raw), torch.randint(0, 4, (12,)))
+    model = Classifier()
+    callback = CalibrateCallback(batches=2, preset="cambricon", firstconv=FIRSTCONV)
+    run = trainer(tmp_path, [callback], epochs=1)
+    with warnings.catch_warnings():
+        # That everything but layers is float is what was asked for.
+        warnings.simplefilter("error", linger.QuantizationWarning)
+        run.fit(model, DataLoader(data, 4))
+    assert callback.config == linger.preset("cambricon")
+    model.eval()
+    with torch.no_grad():
+        expected = model(FIRSTCONV.normalized(raw))
+        assert torch.equal(model(raw), expected)
+        with linger.integer(model):
+            assert torch.equal(model(raw), expected)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = linger.load_checkpoint(Classifier, tmp_path / "run.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(raw), expected)
+
+
+def test_row46_a_part_that_training_batches_do_not_reach(tmp_path: Path) -> None:
+    class Silent(Classifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * 0)
+
+    with pytest.warns(linger.QuantizationWarning, match=r"`stem/conv2d/0:input0`.*scale is 1\.0"):
+        trainer(tmp_path, [CalibrateCallback(preset="cambricon")], epochs=1).fit(Silent(), loader())
+
+
+def test_the_range_is_the_presets_unless_it_is_given() -> None:
+    assert CalibrateCallback().config.range == "absmax"
+    assert CalibrateCallback(preset="cambricon").config.range == "minmax"
+    with pytest.raises(linger.ConfigError, match=r"in the place of \['range'\]"):
+        CalibrateCallback(preset="cambricon", range="mse")

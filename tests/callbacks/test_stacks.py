@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import yaml
 from torch import Tensor, nn
 
+import lightning_linger as linger
 import lightning_linger.callbacks as ours
 
 pytest.importorskip("jsonargparse")
@@ -50,6 +51,7 @@ def described(path: Path) -> dict[str, Any]:
 
 def test_there_are_stacks() -> None:
     assert {path.stem for path in STACKS} >= {
+        "cambricon_int8",
         "int8_qat",
         "mixed_float_output",
         "mixed_precision",
@@ -100,3 +102,17 @@ def argument(callback: Any, name: str) -> Any:
         if hasattr(holder, name):
             return getattr(holder, name)
     pytest.fail(f"{type(callback).__name__} does not keep {name!r}")
+
+
+def test_normalization_of_raw_images_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "raw.yaml"
+    path.write_text(
+        (FOLDER / "cambricon_int8.yaml")
+        .read_text()
+        .replace("{batches: 32,", "{firstconv: {mean: [0.5], std: [0.25]},")
+    )
+    (callback,) = (
+        found for found in parsed(path, tmp_path).trainer.callbacks if hasattr(found, "firstconv")
+    )
+    assert callback.firstconv == linger.FirstConv([0.5], [0.25])
+    assert callback.config == linger.preset("cambricon", per_channel=True)

@@ -79,9 +79,24 @@ def test_poisoned_batches_are_refused() -> None:
         linger.calibrate(model, [images() * float("nan")])
 
 
-def test_an_unprepared_model() -> None:
-    with pytest.raises(linger.NotReadyError):
-        linger.calibrate(ResNet(), [images()])
+def test_a_plain_model_is_prepared_with_the_first_batch() -> None:
+    x = images()
+    model = ResNet()
+    twin = linger.prepare(ResNet(), (x,))
+    twin.load_state_dict(model.state_dict(), strict=False)
+    assert linger.calibrate(model, iter([x, x * 2])) is model
+    linger.calibrate(twin, [x, x * 2])
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+    assert_integer_exact(model, x)
+
+
+def test_a_plain_model_stays_plain_after_an_error() -> None:
+    model = ResNet()
+    hooks = len(model._forward_hooks)
+    with pytest.raises(linger.ConfigError, match="'stm' matches no module"):
+        linger.calibrate(model, [images()], overrides={"stm": None})
+    assert not hasattr(model, "_linger")
+    assert len(model._forward_hooks) == hooks
 
 
 def test_calibrating_a_folded_model_reaches_the_float_accuracy() -> None:

@@ -17,6 +17,8 @@ from lightning_linger.core.ranges.histogram import BINS, Histogram
 from lightning_linger.core.ranges.rule import RangeRule
 
 EMA_WEIGHT = 0.1
+# How often a mean counts its first batch.
+_FIRST_COUNTS = {"mean": 1, "catch": 2}
 
 
 class RangeEstimator(nn.Module):
@@ -34,6 +36,7 @@ class RangeEstimator(nn.Module):
         grid: What the tensor is rounded to, for estimators that look at the error. For an affine
             grid the range has two ends: those of the values, as far as the estimator's half-range
             reaches.
+        factor: What the range that a batch asks for is multiplied with.
 
     Attributes:
         range: float32 ``[2]``, the lower and upper end.
@@ -50,13 +53,18 @@ class RangeEstimator(nn.Module):
     ends: Tensor
 
     def __init__(
-        self, kind: str | float | tuple[float, float], name: str, grid: Grid | None = None
+        self,
+        kind: str | float | tuple[float, float],
+        name: str,
+        grid: Grid | None = None,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.rule = RangeRule.parse(kind, f"`{name}`: range")
         self.kind = kind
         self.name = name
         self.grid = grid or Grid()
+        self.factor = factor
         self._known = self.rule.fixed is not None
         self.register_buffer("range", torch.tensor(self.rule.fixed or (-0.0, 0.0)))
         self.register_buffer("batches", torch.tensor(int(self._known)))
@@ -97,6 +105,13 @@ class RangeEstimator(nn.Module):
             assert buffer is not None  # none is ever taken away
             self._buffers[name] = buffer.to(device)
         return self
+
+    @torch.no_grad()
+    def assume(self, absmax: float) -> None:
+        """Take a range that comes from no batch."""
+        self.range.copy_(self.range.new_tensor([-absmax, absmax]))
+        self.batches.clamp_(min=1)
+        self._known = True
 
     def absmax(self) -> Tensor:
         """Return the 0-dim float32 absolute maximum of the range."""
@@ -154,7 +169,7 @@ class RangeEstimator(nn.Module):
             batch = torch.tensor([lowest, highest], dtype=self.range.dtype)
         else:
             batch = self._measured(x, batch, low, high)
-        self._move(batch)
+        self._move(batch * self.factor)
 
     def _move(self, batch: Tensor) -> None:
         accumulation = self.rule.accumulation
@@ -162,8 +177,8 @@ class RangeEstimator(nn.Module):
             self.range.copy_(batch)
         elif accumulation == "ema":
             self.range.lerp_(batch, EMA_WEIGHT)
-        elif accumulation == "mean":
-            self.range.lerp_(batch, 1.0 / (int(self.batches) + 1))
+        elif accumulation in _FIRST_COUNTS:
+            self.range.lerp_(batch, 1.0 / (int(self.batches) + _FIRST_COUNTS[accumulation]))
         else:
             torch.minimum(self.range[0], batch[0], out=self.range[0])
             torch.maximum(self.range[1], batch[1], out=self.range[1])
@@ -180,13 +195,15 @@ class RangeEstimator(nn.Module):
                 batch = torch.stack([-extreme, extreme])
         else:
             batch = self._measured(torch.where(finite, x, 0.0), batch, low, high, finite)
+        batch = batch * self.factor
         accumulation = self.rule.accumulation
         if accumulation == "last" or self.rule.pools:
             moved = batch
         elif accumulation == "ema":
             moved = torch.lerp(self.range, batch, EMA_WEIGHT)
-        elif accumulation == "mean":
-            moved = torch.lerp(self.range, batch, 1.0 / (self.batches + 1))
+        elif accumulation in _FIRST_COUNTS:
+            weight = 1.0 / (self.batches + _FIRST_COUNTS[accumulation])
+            moved = torch.lerp(self.range, batch, weight)
         else:
             moved = torch.stack(
                 [torch.minimum(self.range[0], batch[0]), torch.maximum(self.range[1], batch[1])]

@@ -11,18 +11,19 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.ranges.learned import LEARNED
 from lightning_linger.core.ranges.statistics import STATISTICS, Statistic, percentile_statistic
 
-Accumulation = Literal["all", "ema", "mean", "last"]
+Accumulation = Literal["all", "ema", "mean", "catch", "last"]
 
 ACCUMULATIONS: dict[Accumulation, str] = {
     "all": "all batches together",
     "ema": "a moving average of the batches with weight 0.1, starting from the first",
     "mean": "the mean of the batches",
+    "catch": "the mean of the batches with the first one counted twice, as CATCH computes it",
     "last": "the batch at hand",
 }
 
 RANGE_NAMES: tuple[str, ...] = tuple(STATISTICS)
 
-_PREFIXED = re.compile(r"(?:(ema|mean|last)_)?(.+)")
+_PREFIXED = re.compile(r"(?:(ema|mean|catch|last)_)?(.+)")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -49,9 +50,9 @@ class RangeRule:
         """Read ``absmax``, ``ema_mse``, ``mean_99.9%`` or a positive number.
 
         Args:
-            spec: The name: an accumulation (``ema_``, ``mean_``, ``last_``, or nothing for all
-                batches together) and a statistic. Or the absolute maximum of a fixed range, or its
-                two ends.
+            spec: The name: an accumulation (``ema_``, ``mean_``, ``catch_``, ``last_``, or nothing
+                for all batches together) and a statistic. Or the absolute maximum of a fixed range,
+                or its two ends.
             what: Names the argument in an error.
 
         Raises:
@@ -109,6 +110,6 @@ class RangeRule:
 def _message(what: str, found: object) -> str:
     return (
         f"{what} must be a positive number, a percentile like '99.9%', or one of {RANGE_NAMES}, "
-        "where 'ema_', 'mean_' or 'last_' in front say how batches come together, or learned: "
-        f"{tuple(LEARNED)}. Found: {found!r}."
+        "where 'ema_', 'mean_', 'catch_' or 'last_' in front say how batches come together, or "
+        f"learned: {tuple(LEARNED)}. Found: {found!r}."
     )
