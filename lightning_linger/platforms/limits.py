@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_linger.platforms.luna_limits import LUNA_LIMITS
 from lightning_linger.platforms.rules import RESULT_SIZE, AtMost, Limits, Never, Rule, setting_rules
+from lightning_linger.platforms.tflite_limits import TFLITE_LIMITS
 
 _ONNXRUNTIME = (
     Rule(
@@ -62,6 +63,7 @@ LIMITS: dict[str, Limits] = {
             about="CPUs, through the `qdq` dialect. Only what the export cannot write, or not "
             "exactly, is a rule.",
         ),
+        *TFLITE_LIMITS,
     )
 }
 
