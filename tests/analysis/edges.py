@@ -18,6 +18,7 @@ Make = Callable[[], Made]
 LUNA = ("venusa", "arcs", "venus", "mars")
 ARCS = ("arcs", "mars")
 DILATED = ("venusa", "arcs", "mars")
+TFLITE = ("tflite", "tflite_single_rounding", "tflite_float_tables", "tflite_divided_mean")
 
 
 @dataclass(frozen=True)
@@ -603,4 +604,18 @@ EDGES: list[Edge] = [
     Edge("rounding", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"rounding": "half_up"}),
     Edge("other_platform", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"platform": "arcs"}),
     Edge("other_platform", PLAIN, PLAIN, ("mlu",), {"output_bits": None}, {"platform": "arcs"}),
+    # TFLite
+    Edge("unsupported_op", behind_linear(F.gelu), behind_linear(F.mish), TFLITE),
+    Edge("unsupported_op", behind_linear(F.relu6), behind_linear(lambda a: a / a.relu()), TFLITE),
+    Edge("unsupported_op", behind_linear(lambda a: a - a.relu()), behind_linear(F.silu), TFLITE),
+    Edge(
+        "unsupported_op",
+        behind_linear(lambda a: torch.maximum(a, a.relu())),
+        behind_linear(torch.sin),
+        TFLITE,
+    ),
+    Edge("float_op", behind_linear(F.relu6), behind_linear(torch.atan), TFLITE),
+    Edge("float_op", behind_linear(F.relu6), behind_linear(torch.neg), TFLITE, EIGHT, EIGHT),
+    Edge("rounding", PLAIN, PLAIN, TFLITE, EIGHT, {"rounding": "half_up"}),
+    Edge("other_platform", PLAIN, PLAIN, TFLITE, EIGHT, {"platform": "arcs"}),
 ]
