@@ -124,8 +124,9 @@ class Projection:
         per_channel = site.granularity == "channel"
         rows = own.flatten(1) if per_channel else own.reshape(1, -1)
         step_w = site.held(self.name, weight_step(site, rows, finest))
-        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
+        steps = step_w
+        if isinstance(step_w, Tensor) and step_w.dim() > 0:
+            steps = step_w.view(-1, 1)
         rounding = site.weight_rounding(self.name)
         weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
         site.note(self.name, self.weight, weight, step_w)
