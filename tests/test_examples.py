@@ -124,6 +124,24 @@ def test_nics_fix_trains_in_fixed_point_and_saves_its_scales(
     assert torch.equal(codes, codes.round())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_algorithms_make_post_training_quantization_work(
+    examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = examples.ptq_algorithms.main(tmp_path, epochs=6, steps=60)
+    assert list(results) == ["PTQ", "CLE", "CLE, BN", "CLE, bias", "CLE, AdaRound"]
+    for platform in ("venusa", "onnxruntime"):
+        eight, four, three = (f"{platform}, {bits} bit" for bits in (8, 4, 3))
+        assert results["PTQ"][eight] < 0.5 < 0.9 < results["CLE"][eight]
+        for better in ("CLE, BN", "CLE, bias", "CLE, AdaRound"):
+            assert results[better][four] >= results["CLE"][four] - 0.01, better
+            assert results[better][three] > results["CLE"][three] + 0.1, better
+    printed = capsys.readouterr().out
+    assert "450 test images" in printed
+    assert "venusa, 4 bit" in printed
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_row33_row49_a_model_is_calibrated_saved_and_run(
     examples: Examples, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -380,9 +380,11 @@ class _Trials:
         return self._instrumentation.find(key)
 
     def _float_score(self) -> None:
-        self._instrumentation.switches.quantize = False
-        self._instrumentation.thaw()
+        # On, so that whatever notes the calls of the model sees them.
+        switches = self._instrumentation.switches
+        switches.quantize, switches.system = True, "float"
         self._evaluated()
+        switches.system = "fake"
 
     def _plan_wide(self) -> None:
         plan_again(self.model)

@@ -309,6 +309,11 @@ class Visit:
         )
         self.walk.layers.append(layer)
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the engine is one of those that shift, whose kernels are few."""
+        return self.walk.platform.right_shift_only
+
     def refuse(self, instead: str = "") -> None:
         """Add what the engine does not have, and what to do instead."""
         inputs = [data for data in self.operands() if data is not None]

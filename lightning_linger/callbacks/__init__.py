@@ -17,6 +17,7 @@ from lightning_linger.callbacks.quant_error import QuantErrorCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.reestimate_bn import ReestimateBNCallback
 from lightning_linger.callbacks.rng_state import RNGStateCallback
+from lightning_linger.callbacks.sensitivity import SensitivityCallback
 from lightning_linger.callbacks.stage_checkpoint import StageModelCheckpoint
 from lightning_linger.callbacks.stage_switch import StageSwitchCallback
 
@@ -38,6 +39,7 @@ __all__ = [
     "QuantizeCallback",
     "RNGStateCallback",
     "ReestimateBNCallback",
+    "SensitivityCallback",
     "StageModelCheckpoint",
     "StageSwitchCallback",
 ]

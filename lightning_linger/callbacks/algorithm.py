@@ -13,6 +13,7 @@ from lightning_linger.callbacks.batches import training_calls
 from lightning_linger.callbacks.order import check_algorithms
 from lightning_linger.callbacks.schedule import NEVER, Schedule
 from lightning_linger.callbacks.stage import stages_of
+from lightning_linger.callbacks.strategies import shards
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.stages.forwards import Forward
@@ -58,6 +59,12 @@ class AlgorithmCallback(Callback, ABC):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check when it acts, and in which company."""
+        if shards(trainer):
+            msg = (
+                f"{type(self).__name__} changes whole weights, and with {_strategy(trainer)} they "
+                f"lie in pieces. HINT: call `linger.{self.name}` after `fit`, on one device."
+            )
+            raise misconfiguration(msg)
         if stage == "fit":
             check_algorithms(trainer.callbacks, stages_of(trainer), algorithms_of(trainer))
 
@@ -113,6 +120,10 @@ class AlgorithmCallback(Callback, ABC):
             return
         calls = training_calls(trainer, module, self.batches) if self.needs_ranges else []
         self.apply(trainer, module, calls)
+
+
+def _strategy(trainer: Any) -> str:
+    return type(trainer.strategy).__name__
 
 
 def algorithms_of(trainer: Any) -> list[AlgorithmCallback]:

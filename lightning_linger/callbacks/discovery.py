@@ -124,6 +124,8 @@ def silent(module: Any) -> Iterator[None]:
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
     states = [_metric_state(metric) for metric in metrics]
     names = ("log", "log_dict")
+    # It may be silent already.
+    own = {name: module.__dict__[name] for name in names if name in module.__dict__}
     for name in names:
         module.__dict__[name] = _ignore
     try:
@@ -131,6 +133,7 @@ def silent(module: Any) -> Iterator[None]:
     finally:
         for name in names:
             module.__dict__.pop(name, None)
+        module.__dict__.update(own)
         for metric, state in zip(metrics, states, strict=True):
             metric.__dict__.update(state)
         for value, before in containers.values():

@@ -6,12 +6,17 @@ from typing import Any
 
 from lightning_linger.callbacks import tensorboard
 from lightning_linger.callbacks.dashboard import Findings
-from lightning_linger.callbacks.integer_metrics import validate_in_integers
 from lightning_linger.callbacks.logging import log_values
 from lightning_linger.callbacks.replay import ReplayCallback, dashboard_of, log_aggregate
+from lightning_linger.callbacks.silent_validation import (
+    evaluation,
+    has_one_loader,
+    silent_validation,
+)
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
 from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
+from lightning_linger.simulate.integer import integer
 from lightning_linger.simulate.metrics import Divergence, DivergenceRow, OutputError, OutputRow
 
 
@@ -110,9 +115,9 @@ class IntegerValidatorCallback(ReplayCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the integer model as the user does, and say which sites are the worst."""
-        on = is_prepared(pl_module) and instrumentation_of(pl_module).switches.quantize
-        if self.latest and on and self.final_metric and not trainer.fast_dev_run:
-            metrics = validate_in_integers(trainer, pl_module)
+        if self._measures_metric(trainer, pl_module):
+            with evaluation(pl_module), integer(pl_module):
+                metrics = silent_validation(trainer, pl_module)
             if (dashboard := dashboard_of(trainer)) is not None:
                 dashboard.note_integer_metrics(trainer, metrics)
         if self.latest:
@@ -128,6 +133,11 @@ class IntegerValidatorCallback(ReplayCallback):
                 ", ".join(unready[:5]),
             )
         super().on_fit_end(trainer, pl_module)
+
+    def _measures_metric(self, trainer: Any, module: Any) -> bool:
+        on = is_prepared(module) and instrumentation_of(module).switches.quantize
+        wanted = self.final_metric and bool(self.latest) and not trainer.fast_dev_run
+        return on and wanted and has_one_loader(trainer)
 
     def _table(self) -> str:
         mismatches = sum(row.mismatches for row in self.latest)

@@ -58,7 +58,7 @@ class ReplayCallback(Callback, ABC):
         folder = trainer.log_dir if trainer.loggers else None
         if trainer.is_global_zero and is_prepared(pl_module):
             resumed = bool(trainer.ckpt_path) or trainer.current_epoch > 0
-            where = _run_folder(trainer.loggers[0], folder) if folder is not None else None
+            where = run_folder(trainer.loggers[0], folder) if folder is not None else None
             self._dashboard = Dashboard(trainer, pl_module, where, resumed)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -139,7 +139,7 @@ def dashboard_of(trainer: Any) -> Dashboard | None:
     return callbacks[-1]._dashboard if callbacks else None
 
 
-def _run_folder(logger: Any, folder: str) -> Path:
+def run_folder(logger: Any, folder: str) -> Path:
     """Return the folder of one run; some loggers only name one that all their runs share."""
     if getattr(logger, "log_dir", None) is not None:
         return Path(folder)

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_linger.analysis.sensitivity import SensitivityRow
 from lightning_linger.callbacks._compat import is_tensorboard
 from lightning_linger.dashboard import figures
 from lightning_linger.dashboard.advice import advise, markdown
 from lightning_linger.dashboard.graph import graph_def
 from lightning_linger.dashboard.groups import group_layers
 from lightning_linger.dashboard.records import EpochRecord, LayerError, RunRecord
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities
 
 Charts = Mapping[str, list[str]]
 
@@ -105,6 +107,18 @@ def show_text(trainer: Any, tag: str, text: str) -> None:
     indented = "".join(f"    {line}\n" for line in text.splitlines())
     for writer in writers(trainer):
         writer.add_text(tag, indented, trainer.global_step)
+
+
+def show_sensitivities(
+    trainer: Any, rows: Sequence[SensitivityRow], overrides: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Put sensitivities on the pages *Text* and, with matplotlib, *Images*."""
+    measured = MeasuredSensitivities(rows, overrides)
+    for writer in writers(trainer):
+        writer.add_text("sensitivity", measured.markdown(), trainer.global_step)
+        if figures.matplotlib_is_installed():
+            picture = figures.pixels(figures.sensitivity_bars(measured))
+            writer.add_image("sensitivity", picture, trainer.global_step, dataformats="HWC")
 
 
 def show_pictures(writer: Any, record: RunRecord, worst: int, step: int) -> None:

@@ -9,6 +9,7 @@ from lightning_linger.analysis.sensitivity import read_sensitivities
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.dashboard.report import report_html
 from lightning_linger.dashboard.run_log import read_run
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, read_measured
 from lightning_linger.export.files import check_target, write_atomically
 
 _DESCRIPTION = """\
@@ -34,14 +35,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--sensitivity",
         metavar="CSV",
         type=Path,
-        help="table with the columns site, bits and drop, to show as well",
+        help="table with the columns site, bits and drop, to show in the place of the run's own",
     )
     add(
         "--tolerance",
         metavar="DROP",
         type=float,
-        default=0.0,
-        help="drop of the metric that a suggested width may cost; 0 by default",
+        help="suggest the narrowest widths that cost no more of the metric than this (0), rather "
+        "than those the run has chosen under its budget",
     )
     add("--force", action="store_true", help="overwrite FILE if it exists")
     parser.set_defaults(run=run)
@@ -59,7 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
         msg = f"{str(target)!r} is there already. Pass another file with -o, or --force."
         raise ConfigError(msg)
     record = read_run(arguments.run_dir)
-    rows = [*read_sensitivities(arguments.sensitivity)] if arguments.sensitivity else []
-    page = report_html(record, rows, arguments.tolerance)
+    folder = arguments.run_dir if arguments.run_dir.is_dir() else arguments.run_dir.parent
+    measured = read_measured(folder)
+    if arguments.sensitivity is not None:
+        measured = MeasuredSensitivities(list(read_sensitivities(arguments.sensitivity)))
+    if arguments.tolerance is not None:
+        measured = MeasuredSensitivities(measured.rows, tolerance=arguments.tolerance)
+    page = report_html(record, measured)
     write_atomically(target, page.encode("utf-8"))
     print(f"{target}: {len(record.measured_layers)} layers, {len(page) / 1e6:.1f} MB")

@@ -52,8 +52,8 @@ class QuantConfig:
             those of weights, and not those given as a number.
         weight_range: Range estimator of weights, without ``ema_``, ``mean_`` or ``last_``: a weight
             is always seen whole. Beyond its range a weight is clipped and has no gradient. ``lsq``
-            and ``tqt`` learn it for convolutions and linear layers; the weights of other layers
-            keep the estimator that learning starts from.
+            and ``tqt`` learn it; batch norms, selections and products with a weight keep the
+            estimator that learning starts from.
         gradient_bits: Width of gradients, 2 to 16; None leaves them in float. The gradients of
             activations are rounded where they enter the layer that made them, those of weights and
             biases of layers before the mask of clipped values.

@@ -86,6 +86,9 @@ class Op:
     groups_weights: bool = False
     exact_with_free_scales: bool = False
 
+    # Ops without sites have no `bind`, `run_fake` and `run_integer`, and ops that learn no range of
+    # a weight no `weight_channels`: these are not abstract.
+
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
@@ -108,6 +111,14 @@ class Op:
     def weight_channels(self, call: Any) -> int:
         """Return how many output channels the weight has, where its range can be learned."""
         raise NotImplementedError
+
+    def learned_weights(self, call: Any) -> Mapping[str, int | None]:
+        """Name the weights of a recorded call whose ranges can be learned.
+
+        Returns:
+            For each how many output channels it has, None where it has one scale always.
+        """
+        return {"weight": self.weight_channels(call)} if self.learns_weight_ranges else {}
 
     def parts(self, call: Any, config: QuantConfig, platform: Platform) -> Mapping[str, Part]:
         """Name the quantizers inside the op: ``site.parts[name]``."""

@@ -141,6 +141,7 @@ class Site(nn.Module):
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
         learned_weight: Learned range of the weight, None for one that is only measured.
+        learned_parts: Those of further weights, where the op has several.
         firstconv: How raw images are normalized here, None where none are taken.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
@@ -182,6 +183,7 @@ class Site(nn.Module):
         self.weight_grid: Grid | None = None
         self.weight_rule: RangeRule | None = None
         self.learned_weight: LearnedScale | None = None
+        self.learned_parts = nn.ModuleDict()
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -512,13 +514,29 @@ class Site(nn.Module):
         for quantizer in self.quantizers():
             if quantizer.learned is not None:
                 quantizer.learned.requires_grad_("activations" not in parts)
-        if self.learned_weight is not None:
-            self.learned_weight.requires_grad_("weights" not in parts)
+        for learned in self.learned_scales():
+            learned.requires_grad_("weights" not in parts)
         for node in self.gradient_quantizers():
             node.frozen = "gradients" in parts
         if "weights" not in parts:
             self.release_steps()
         self.thaw()
+
+    def learned_scale(self, name: str) -> LearnedScale | None:
+        """Return the learned range of a weight, None for one that is only measured.
+
+        Args:
+            name: Tells the weights of the site apart.
+        """
+        if name == "weight":
+            return self.learned_weight
+        parts: dict[str, LearnedScale] = dict(self.learned_parts.items())  # type: ignore[arg-type]
+        return parts.get(name)
+
+    def learned_scales(self) -> list[LearnedScale]:
+        """Return the learned ranges of its weights."""
+        found: Any = [self.learned_weight, *self.learned_parts.values()]
+        return [learned for learned in found if learned is not None]
 
     def gradient_quantizers(self) -> list[GradientQuantizer]:
         """Return what rounds the gradients of its parameters and activations."""

@@ -69,8 +69,8 @@ def set_widths(site: Site, widths: Widths) -> None:
     site.config = config
     if site.weight_grid is not None:
         site.weight_grid = dataclasses.replace(site.weight_grid, bits=widths.weight_bits)
-        if site.learned_weight is not None:
-            site.learned_weight.change_grid(site.weight_grid)
+        for learned in site.learned_scales():
+            learned.change_grid(site.weight_grid)
     site.operand_bits = {}
     for position, _ in enumerate(site.op.operands(call)):
         bits = site.op.operand_bits(position, call, config, platform)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from lightning_linger.analysis.sensitivity import SensitivityRow
 from lightning_linger.dashboard.figures import CLIP_COLOUR, FLOAT_COLOUR, GRID_COLOUR, STAGE_COLOURS
 from lightning_linger.dashboard.groups import group_layers
 from lightning_linger.dashboard.records import STAGES, LayerError, RunRecord, ValueHistogram
-from lightning_linger.dashboard.sensitivity import suggest_bits
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, spans_decades
 from lightning_linger.dashboard.timeline import stage_spans
 
 Chart = dict[str, Any]
@@ -182,24 +181,21 @@ def value_histogram(histogram: ValueHistogram) -> Chart:
     }
 
 
-def sensitivity_bars(rows: Sequence[SensitivityRow]) -> Chart:
+def sensitivity_bars(measured: MeasuredSensitivities) -> Chart:
     """Return the drop of the metric by layer and width, the most sensitive layer first."""
-    # With nothing tolerated, only the order of the suggestion is used.
-    sites = list(suggest_bits(rows, tolerance=0.0))
-    drops = {(row.site, row.bits): row.drop for row in rows}
+    sites = list(measured.suggestion)
+    drops = [measured.drops(site) for site in sites]
     data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": f"{bits} bits",
-            "y": sites,
-            "x": [drops.get((site, bits)) for site in sites],
-        }
-        for bits in sorted({row.bits for row in rows})
+        {"type": "bar", "orientation": "h", "name": f"{bits} bits", "y": sites, "x": list(column)}
+        for bits, column in zip(measured.widths, zip(*drops, strict=True), strict=True)
     ]
+    logarithmic = spans_decades([row.drop for row in measured.rows])
     layout = {
         "height": 120 + _ROW_HEIGHT * len(sites) * max(len(data), 1),
-        "xaxis": {"title": {"text": "drop of the metric"}},
+        "xaxis": {
+            "title": {"text": "drop of the metric"},
+            "type": "log" if logarithmic else "linear",
+        },
         "yaxis": {"autorange": "reversed", "automargin": True},
         "legend": {"orientation": "h", "y": 1.1},
         "margin": {"l": 60, "r": 20, "t": 30, "b": 50},

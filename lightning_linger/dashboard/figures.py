@@ -17,6 +17,7 @@ from lightning_linger.dashboard.records import (
     RunRecord,
     ValueHistogram,
 )
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, spans_decades
 from lightning_linger.dashboard.timeline import stage_spans
 
 if TYPE_CHECKING:
@@ -135,6 +136,29 @@ def value_histograms(record: RunRecord, sites: Sequence[str]) -> Figure:
     if histograms:
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def sensitivity_bars(measured: MeasuredSensitivities) -> Figure:
+    """Draw the drop of the metric by layer and width, the most sensitive layer first."""
+    suggestion = measured.suggestion
+    sites = list(suggestion)[:_MOST_ROWS]
+    widths = measured.widths
+    figure = new_figure(7.5, 1.4 + 0.16 * len(sites) * max(len(widths), 2))
+    axes = figure.subplots()
+    height = 0.8 / max(len(widths), 1)
+    for number, bits in enumerate(widths):
+        drops = [measured.drops(site)[number] or 0.0 for site in sites]
+        places = [row + (number - (len(widths) - 1) / 2) * height for row in range(len(sites))]
+        axes.barh(places, drops, height, label=f"{bits} bits")
+    labels = [f"{site}  ({suggestion[site]} bits)" for site in sites]
+    axes.set_yticks(range(len(sites)), labels, fontsize=8)
+    axes.invert_yaxis()
+    if spans_decades([row.drop for row in measured.rows]):
+        axes.set_xscale("log")
+    axes.set_xlabel("drop of the metric (suggested width in brackets)", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -5,29 +5,24 @@ from __future__ import annotations
 import html
 import json
 import string
-from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from lightning_linger.analysis.sensitivity import SensitivityRow
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.dashboard import charts
 from lightning_linger.dashboard.advice import advise, judge_outputs
 from lightning_linger.dashboard.records import LayerError, RunRecord
-from lightning_linger.dashboard.sensitivity import suggest_bits
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities
 
 WORST = 6
 
 
-def report_html(
-    record: RunRecord, sensitivities: Sequence[SensitivityRow] = (), tolerance: float = 0.0
-) -> str:
+def report_html(record: RunRecord, sensitivities: MeasuredSensitivities | None = None) -> str:
     """Return a page that needs nothing but itself.
 
     Args:
         record: The run.
         sensitivities: Of its layers, if they are known.
-        tolerance: Drop of the metric that a suggested width may cost.
 
     Raises:
         UnsupportedError: Without plotly.
@@ -48,7 +43,7 @@ def report_html(
         style=(page / "report.css").read_text(encoding="utf-8"),
         plotly=_plotly_js(),
         script=(page / "report.js").read_text(encoding="utf-8"),
-        data=_embedded(_data(record, sensitivities, tolerance)),
+        data=_embedded(_data(record, sensitivities or MeasuredSensitivities())),
     )
 
 
@@ -73,9 +68,7 @@ def _subtitle(record: RunRecord) -> str:
     return f"{target}; {len(record.measured_layers)} layers, {len(record.epochs)} epochs"
 
 
-def _data(
-    record: RunRecord, sensitivities: Sequence[SensitivityRow], tolerance: float
-) -> dict[str, Any]:
+def _data(record: RunRecord, sensitivities: MeasuredSensitivities) -> dict[str, Any]:
     figures = {
         "timeline": charts.stage_timeline(record),
         "accumulated": charts.error_heat_map(
@@ -87,7 +80,7 @@ def _data(
     }
     if any(error.mismatch_rate is not None for epoch in record.epochs for error in epoch.layers):
         figures["mismatch"] = charts.mismatch_heat_map(record)
-    if sensitivities:
+    if sensitivities.rows:
         figures["sensitivity"] = charts.sensitivity_bars(sensitivities)
     return {
         "figures": figures,
@@ -99,8 +92,10 @@ def _data(
             for stage, metrics in record.metrics_by_stage().items()
         },
         "settings": record.settings,
-        "suggestion": suggest_bits(sensitivities, tolerance),
-        "tolerance": tolerance,
+        "widths": sensitivities.widths,
+        "drops": {site: sensitivities.drops(site) for site in sensitivities.suggestion},
+        "suggestion": sensitivities.suggestion,
+        "reason": sensitivities.reason,
     }
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -378,6 +379,11 @@ class MultiHeadAttentionOp(Op):
         """The weights of the projections."""
         names = _SEPARATE if call.use_separate_proj_weight else ("in_proj_weight",)
         return [*(getattr(call, name) for name in names), call.out_proj_weight]
+
+    def learned_weights(self, call: MultiHeadCall) -> Mapping[str, int | None]:
+        """Those of the projections, which are as wide as the model."""
+        width = call.out_proj_weight.shape[1]
+        return {**dict.fromkeys(_PROJECTED, width), "output": call.out_proj_weight.shape[0]}
 
     def parts(
         self, call: MultiHeadCall, config: QuantConfig, platform: Platform

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, with_tag
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.refused import RefusedOp
-from lightning_linger.ops.weighted import on_grid, versions_of
+from lightning_linger.ops.weighted import learned_on_grid, learned_step, on_grid, versions_of
 
 _PREPARED = "table"
 # What `torch.embedding` calls the indices.
@@ -96,6 +97,10 @@ class EmbeddingOp(Op):
         """The table."""
         return [call.weight]
 
+    def learned_weights(self, call: EmbeddingCall) -> Mapping[str, int | None]:
+        """The table, which has one scale."""
+        return {"weight": None}
+
     def obstacle(self, call: EmbeddingCall) -> str | None:
         """Renormalizing writes into the table."""
         if call.max_norm is not None:
@@ -120,7 +125,11 @@ class EmbeddingOp(Op):
         grid = site.weight_grid
         assert grid is not None  # the planner gives one to every op that has parameters
         rounding, clips = site.weight_rounding("weight"), site.clips_weights
-        rounded = on_grid(full(rows), step, (grid.qmin, grid.qmax), rounding, clips)
+        limits, learned = (grid.qmin, grid.qmax), site.learned_weight
+        if learned is not None and site.training:
+            rounded = learned_on_grid(full(rows), step, limits, rounding, learned, learned.value)
+        else:
+            rounded = on_grid(full(rows), step, limits, rounding, clips)
         return with_tag(rounded.to(rows.dtype), self._tag(site, step, call))
 
     def run_integer(self, site: Site, call: EmbeddingCall) -> Any:
@@ -152,7 +161,11 @@ class EmbeddingOp(Op):
     def _step(self, site: Site, weight: Tensor) -> Scalar:
         grid = site.weight_grid
         assert grid is not None
-        absmax = site.weight_reach(full(weight.detach()).reshape(1, -1))[0]
+        rows = full(weight.detach()).reshape(1, -1)
+        if site.learned_weight is not None:
+            learned = learned_step(site, site.learned_weight, rows)
+            return site.held("weight", learned.item() if can_read(learned) else learned)
+        absmax = site.weight_reach(rows)[0]
         bound = self._bound(site, weight)
         if bound is not None:
             absmax = torch.minimum(absmax, bound)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,14 @@ from lightning_linger.core.tags import tag_of
 from lightning_linger.ops import luna
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import KernelOp, Target
-from lightning_linger.ops.weighted import finest_for_bias, minimum_step, on_grid, versions_of
+from lightning_linger.ops.weighted import (
+    finest_for_bias,
+    learned_on_grid,
+    learned_step,
+    minimum_step,
+    on_grid,
+    versions_of,
+)
 
 # Fraction bits of a normalized value in LUNA engines; the bias adds those of the weight.
 FRACTION = 10
@@ -255,6 +262,10 @@ class NormOp(KernelOp):
         """The weight and the bias, as far as there are any."""
         return [p for p in (call.weight, call.bias) if p is not None]
 
+    def learned_weights(self, call: NormCall) -> Mapping[str, int | None]:
+        """The weight, which has one scale."""
+        return {} if call.weight is None else {"weight": None}
+
     def obstacle(self, call: NormCall) -> str | None:
         """Some forms normalize with what is not a function of the values, or divide by zero."""
         return call.refused
@@ -350,12 +361,22 @@ class NormOp(KernelOp):
         else:
             absmax = weight.detach().abs().amax().float()
         finest = finest_for_bias(bias, 2.0**-FRACTION, config.bias_bits)
+        learned = None if weight is None else site.learned_weight
+        if learned is not None and weight is not None:
+            wanted = learned_step(site, learned, weight.detach().reshape(1, -1))
+            absmax = wanted * grid.qmax
         if finest is not None:
             absmax = torch.maximum(absmax, finest.amax() * (grid.qmax + 1))
         step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
         step = site.held("weight", step)
+        limits_w = (grid.qmin, grid.qmax)
         if weight is not None:
-            weight = on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding)
+            if learned is not None and site.training:
+                weight = learned_on_grid(
+                    weight, step, limits_w, grid.rounding, learned, learned.value
+                )
+            else:
+                weight = on_grid(weight, step, limits_w, grid.rounding, clips=learned is not None)
             site.note("weight", call.weight, weight, step)
         if bias is not None:
             limits_b = float32_code_limits(config.bias_bits)

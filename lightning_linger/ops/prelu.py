@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from lightning_linger.core.sites import Site, integer_codes, step_of
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.slopes import finest_of_slopes, integer_prelu
-from lightning_linger.ops.weighted import on_grid, versions_of
+from lightning_linger.ops.weighted import learned_on_grid, learned_step, on_grid, versions_of
 
 
 class PReLUCall(NamedTuple):
@@ -40,6 +41,10 @@ class PReLUOp(KernelOp):
     def parameters(self, call: PReLUCall) -> list[Any]:
         """The slopes."""
         return [call.weight]
+
+    def learned_weights(self, call: PReLUCall) -> Mapping[str, int | None]:
+        """The slopes, which have one scale."""
+        return {"weight": None}
 
     def sources(self, call: PReLUCall) -> list[Tensor]:
         """The slopes are trained."""
@@ -105,10 +110,19 @@ def _limited(site: Site, weight: Tensor) -> Tensor:
 def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
     weight, grid = _limited(site, weight), site.weight_grid
     assert grid is not None
+    limits, learned = (grid.qmin, grid.qmax), site.learned_weight
+    if learned is not None:
+        step: Scalar = learned_step(site, learned, weight.detach().reshape(1, -1).float())
+        step = step.item() if can_read(step) else step  # type: ignore[arg-type, union-attr]
+        step = site.held("weight", step)
+        if site.training:
+            value = learned.value
+            return learned_on_grid(weight, step, limits, grid.rounding, learned, value), step
+        return on_grid(weight, step, limits, grid.rounding, clips=True), step
     absmax = weight.detach().abs().amax().float()
     step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
     step = site.held("weight", step)
-    return on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding), step
+    return on_grid(weight, step, limits, grid.rounding), step
 
 
 def _prepare(site: Site, weight: Tensor) -> _Slopes:

@@ -26,6 +26,7 @@ from lightning_linger.ops.weighted import (
     finish,
     finish_codes,
     integer_result,
+    learned_on_grid,
     minimum_step,
     on_grid,
     versions_of,
@@ -123,11 +124,19 @@ class Projection:
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = own.flatten(1) if per_channel else own.reshape(1, -1)
-        step_w = site.held(self.name, weight_step(site, rows, finest))
-        vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
+        step_w = site.held(self.name, weight_step(site, rows, finest, self.name))
+        steps = step_w
+        vector = False
+        if isinstance(step_w, Tensor) and step_w.dim() > 0:
+            steps, vector = step_w.view(-1, 1), True
         rounding = site.weight_rounding(self.name)
-        weight = on_grid(weight, steps, (grid.qmin, grid.qmax), rounding, site.clips_weights)
+        limits_w = (grid.qmin, grid.qmax)
+        learned = site.learned_scale(self.name)
+        if learned is not None and site.training:
+            parameter = learned.value.view(-1, 1) if vector else learned.value
+            weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
+        else:
+            weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
         site.note(self.name, self.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)

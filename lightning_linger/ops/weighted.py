@@ -584,13 +584,16 @@ def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dty
     return with_tag(y, Tag(product, 32, site.key, dtype))
 
 
-def weight_step(site: Site, rows: Tensor, finest: Tensor | None = None) -> Scalar:
+def weight_step(
+    site: Site, rows: Tensor, finest: Tensor | None = None, name: str = "weight"
+) -> Scalar:
     """Return the step of a weight.
 
     Args:
         site: The site, whose weight grid and range estimator apply.
         rows: Detached weight, ``[1, N]`` for one step, ``[C, N]`` for one per channel.
         finest: ``[C]``: the finest step, because a bias has to fit its codes; None for no bound.
+        name: Tells the weights of the site apart.
 
     Returns:
         ``[C]`` per channel; for one step a float where values can be read, else a 0-dim tensor.
@@ -599,8 +602,9 @@ def weight_step(site: Site, rows: Tensor, finest: Tensor | None = None) -> Scala
     assert grid is not None  # the planner gives one to every op that has parameters
     per_channel = site.granularity == "channel"
     finest = finest if finest is None or per_channel else finest.amax()
-    if site.learned_weight is not None:
-        step = _learned_step(site, site.learned_weight, rows)
+    learned = site.learned_scale(name)
+    if learned is not None:
+        step = learned_step(site, learned, rows)
         if finest is not None:
             step = torch.maximum(step, grid.step(finest * grid.qmax))
         return step if per_channel or not can_read(step) else step.item()
@@ -614,7 +618,7 @@ def weight_step(site: Site, rows: Tensor, finest: Tensor | None = None) -> Scala
     return grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
 
 
-def _learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
+def learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
     """Return a learned step; the first training step with gradients takes it over."""
     if not learned.started:
         reach = site.weight_reach(rows)

@@ -12,6 +12,7 @@ from lightning_linger.platforms.rules import (
     other_platform,
     setting_rules,
 )
+from lightning_linger.platforms.tflite_limits import TFLITE_LIMITS
 
 _ONNXRUNTIME = (
     Rule(
@@ -76,6 +77,7 @@ LIMITS: dict[str, Limits] = {
             about="Cambricon's MLU. Layers run in integers and all else in float; nothing was "
             "measured for it.",
         ),
+        *TFLITE_LIMITS,
     )
 }
 

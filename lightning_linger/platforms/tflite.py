@@ -40,7 +40,8 @@ _GENERIC = "its parts, or accept a kernel that only this library has"
 _UNSUPPORTED = dict.fromkeys(
     (
         *("layer_norm", "group_norm", "instance_norm", "rms_norm"),
-        *("logsumexp", "var", "std", "div"),
+        *("logsumexp", "var", "std", "div", "cumsum", "reciprocal", "sqrt", "sin", "cos", "pow"),
+        *("sort", "tril", "triu", "silu", "hardsigmoid"),
         *("mish", "celu", "selu", "softplus", "softsign", "logsigmoid", "tanhshrink"),
         *(
             "softshrink",

@@ -27,6 +27,7 @@ from lightning_linger.core.table import Table
 from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_of
 from lightning_linger.ops.conv import ConvOp
 from lightning_linger.ops.folding import TINY_FACTOR, running_factor
+from lightning_linger.ops.groups import group_steps
 from lightning_linger.ops.weighted import Parameters, WeightedOp
 from lightning_linger.stages.forwards import (
     Forward,
@@ -215,6 +216,8 @@ def _obstacle(site: Site, ownership: Ownership) -> str | None:
     reason = why_not_quantized(site) or ownership.obstacle(site, ("weight",))
     if reason is not None:
         return reason
+    if "weights" in site.floating:
+        return "its weight is not rounded"
     limits = site.active_limits
     limit: Limit | None = None if limits is None else limits.weight
     if limit is not None and limit.kind != "static":
@@ -330,8 +333,7 @@ class _Layer:
         nearest = self.op.parameters_in_use(site, data.call, data.step_x)
         plain = self.op.parameters_in_use(site, data.call, None)
         self.nearest = nearest
-        step = torch.as_tensor(nearest.step, device=plain.weight.device)
-        self.steps = self.op.per_channel(data.call, step) if step.dim() else step
+        self.steps = self._steps(nearest, plain)
         self.codes = torch.round(nearest.weight / self.steps)
         position = plain.weight / self.steps
         self.low = torch.floor(position)
@@ -339,6 +341,13 @@ class _Layer:
         grid = site.weight_grid
         assert grid is not None  # the planner gives one to every layer
         self.limits = grid.qmin, grid.qmax
+
+    def _steps(self, nearest: Parameters, plain: Parameters) -> Tensor:
+        """Return the steps in a shape that broadcasts to the weight."""
+        if self.site.has_groups:
+            return group_steps(self.site, plain.weight, None)[0]
+        step = torch.as_tensor(nearest.step, device=plain.weight.device)
+        return self.op.per_channel(self.data.call, step) if step.dim() else step
 
     def learn(self, config: AdaRoundConfig) -> AdaRoundRow:
         """Learn the rounding, and write it into the weight if it is better than to nearest."""

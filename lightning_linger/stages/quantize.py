@@ -161,7 +161,7 @@ class _Planner:
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output, site.weight_grid = None, None, None, None
-        site.weight_rule, site.learned_weight = None, None
+        site.weight_rule, site.learned_weight, site.learned_parts = None, None, nn.ModuleDict()
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.gradients = nn.ModuleDict()
         site.__dict__["noise"] = None
@@ -232,7 +232,7 @@ class _Planner:
         if site.has_parameters:
             site.weight_grid = _weight_grid(config, platform)
             site.weight_rule = RangeRule.parse_weight(config.weight_range)
-            site.learned_weight = self._learned_weight(site, call)
+            self._add_learned_weights(site, call)
             self._add_parameter_gradients(site)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
@@ -429,12 +429,17 @@ class _Planner:
             if quantizer is not None:
                 site.gradients[name] = quantizer
 
-    def _learned_weight(self, site: Site, call: Any) -> LearnedScale | None:
+    def _add_learned_weights(self, site: Site, call: Any) -> None:
         rule, grid = site.weight_rule, site.weight_grid
-        if rule is None or grid is None or rule.learned is None or not site.op.learns_weight_ranges:
-            return None
-        channels = site.op.weight_channels(call) if site.granularity == "channel" else None
-        return LearnedScale(rule.learned, grid, channels).to(self.device)
+        if rule is None or grid is None or rule.learned is None:
+            return
+        for name, outputs in site.op.learned_weights(call).items():
+            channels = outputs if site.granularity == "channel" else None
+            learned = LearnedScale(rule.learned, grid, channels).to(self.device)
+            if name == "weight":
+                site.learned_weight = learned
+            else:
+                site.learned_parts[name] = learned
 
     # --- looking ahead ----------------------------------------------------------------------
 

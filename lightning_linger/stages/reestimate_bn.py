@@ -101,7 +101,7 @@ def _rounds_variance(site: Site) -> bool:
     if site.active_fold is None or not site.quantized or not site.switches.quantize:
         return False
     scales_along = site.granularity == "channel" and grid is not None and grid.scale_kind == "free"
-    return not scales_along or "weights" in site.frozen or site.learned_weight is not None
+    return not scales_along or "weights" in site.frozen or bool(site.learned_scales())
 
 
 class _Average:

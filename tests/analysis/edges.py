@@ -18,6 +18,7 @@ Make = Callable[[], Made]
 LUNA = ("venusa", "arcs", "venus", "mars")
 ARCS = ("arcs", "mars")
 DILATED = ("venusa", "arcs", "mars")
+TFLITE = ("tflite", "tflite_single_rounding", "tflite_float_tables", "tflite_divided_mean")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ def lstm(run: Callable[..., Any] | None = None, **kwargs: Any) -> Make:
             lstm=nn.LSTM(4, 4, batch_first=True, **kwargs),
             fc=nn.Linear(4, 4),
         )
+        return model, (torch.randn(1, 5, 4),)
+
+    return make
+
+
+def recurrent(kind: type[nn.Module]) -> Make:
+    def make() -> Made:
+        model = Lambda(lambda m, x: m.rnn(x)[0], rnn=kind(4, 4, batch_first=True))
         return model, (torch.randn(1, 5, 4),)
 
     return make
@@ -548,6 +557,9 @@ EDGES: list[Edge] = [
     Edge("lstm_projection", lstm(), lstm(proj_size=2), DILATED),
     Edge("lstm_steps", lstm(), lstm(packed), DILATED),
     Edge("lstm_packing", linear(4, 4), lstm(), DILATED),
+    # Every engine computes another cell than PyTorch's, or none.
+    Edge("unsupported_op", linear(4, 4), recurrent(nn.GRU)),
+    Edge("unsupported_op", linear(4, 4), recurrent(nn.RNN)),
     Edge("unsupported_op", behind_linear(F.relu), behind_linear(F.relu6)),
     Edge("unsupported_op", behind_linear(lambda a: a - 0.5), behind_linear(lambda a: a - a.relu())),
     Edge("unsupported_op", behind_linear(lambda a: a / 3), behind_linear(lambda a: a / a.relu())),
@@ -603,4 +615,18 @@ EDGES: list[Edge] = [
     Edge("rounding", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"rounding": "half_up"}),
     Edge("other_platform", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"platform": "arcs"}),
     Edge("other_platform", PLAIN, PLAIN, ("mlu",), {"output_bits": None}, {"platform": "arcs"}),
+    # TFLite
+    Edge("unsupported_op", behind_linear(F.gelu), behind_linear(F.mish), TFLITE),
+    Edge("unsupported_op", behind_linear(F.relu6), behind_linear(lambda a: a / a.relu()), TFLITE),
+    Edge("unsupported_op", behind_linear(lambda a: a - a.relu()), behind_linear(F.silu), TFLITE),
+    Edge(
+        "unsupported_op",
+        behind_linear(lambda a: torch.maximum(a, a.relu())),
+        behind_linear(torch.sin),
+        TFLITE,
+    ),
+    Edge("float_op", behind_linear(F.relu6), behind_linear(torch.atan), TFLITE),
+    Edge("float_op", behind_linear(F.relu6), behind_linear(torch.neg), TFLITE, EIGHT, EIGHT),
+    Edge("rounding", PLAIN, PLAIN, TFLITE, EIGHT, {"rounding": "half_up"}),
+    Edge("other_platform", PLAIN, PLAIN, TFLITE, EIGHT, {"platform": "arcs"}),
 ]

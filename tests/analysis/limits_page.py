@@ -64,7 +64,7 @@ def page() -> str:
         platforms.setdefault(PLATFORMS[platform].dialect, []).append(platform)
     lines = [HEAD]
     for dialect, names in platforms.items():
-        lines.append(f"## Platforms of the `{dialect}` dialect\n")
+        lines.append(f"## {f'Platforms of the `{dialect}` dialect' if dialect else 'TFLite'}\n")
         lines += [f"- `{name}`: {LIMITS[name].about}" for name in names]
         lines.append("")
         for title, rows in _sections(names).items():

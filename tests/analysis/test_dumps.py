@@ -480,9 +480,10 @@ def test_row62_codes_scale_and_zero_point(tmp_path: Path) -> None:
 
 
 def test_row62_a_zero_point_that_is_not_zero_is_shown() -> None:
-    x = with_tag(torch.tensor([0.5, -0.5]), Tag(0.25, 8, "site", zero_point=3))
+    x = with_tag(torch.tensor([0.5, -0.5]), Tag(0.25, 9, "site", zero_point=3))
     found = describe_codes(x, 2)
     assert found is not None
+    assert found.lines[1:] == ["5", "1"]  # as they are stored
     assert found.lines[0].endswith(": Scale = 0.25 : Zero point = 3 : Bits = 8")
     assert describe_codes(torch.ones(2), 2) is None
 

@@ -26,12 +26,16 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_linger as linger
 from lightning_linger.callbacks import (
+    AdaRoundCallback,
+    BiasCorrectionCallback,
+    EqualizeCallback,
     FuseBNCallback,
     IntegerValidatorCallback,
     NormalizeCallback,
     ONNXExportCallback,
     QuantErrorCallback,
     QuantizeCallback,
+    ReestimateBNCallback,
     RNGStateCallback,
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
@@ -351,6 +355,20 @@ def condition(folder: Path) -> dict[str, Any]:
     return {"on": on}
 
 
+def algorithms(folder: Path) -> dict[str, Any]:
+    """Each process looks at its own half of the data."""
+    results: dict[str, Any] = {}
+    for last in (AdaRoundCallback(steps=20, learning_rate=0.1), BiasCorrectionCallback()):
+        callbacks = [
+            *(FuseBNCallback(), EqualizeCallback(at_epoch=1)),
+            *(QuantizeCallback(at_epoch=1, weight_bits=3), ReestimateBNCallback(), last),
+        ]
+        _, module = fit(folder, callbacks, loader=interleaved())
+        applied = instrumentation_of(module).applied
+        results[last.name] = {"state": digest(module.state_dict()), "applied": list(applied)}
+    return results
+
+
 def message(folder: Path, callbacks: list[Any] | None = None, **options: Any) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the test reads the message
         fit(folder, stages() if callbacks is None else callbacks, **options)
@@ -365,6 +383,9 @@ def refused(folder: Path) -> dict[str, Any]:
         "sharded apart": message(folder, strategy=parallel(), model=ShardedApart),
         "learned": message(folder, [learned], strategy=parallel(), model=Sharded),
         "export": message(folder, [*stages(), export], strategy=parallel(), model=Sharded),
+        "algorithm": message(
+            folder, [*stages(), ReestimateBNCallback()], strategy=parallel(), model=Sharded
+        ),
         "tensor parallel": message(folder, strategy=parallel(tensors=RANKS), model=Sharded),
     }
 
@@ -386,6 +407,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "export": export,
     "resume": resume,
     "sharded": sharded,
+    "algorithms": algorithms,
     "condition": condition,
     "refused": refused,
 }

@@ -78,6 +78,8 @@ def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path
         weights = [weights for weights, _ in first[name]["digests"]]
         assert len(set(weights)) == len(weights) == 3 * distributed_run.BATCHES, name
     assert first["resume"] == {"0": [], "1": []}
+    for name, found in first["algorithms"].items():
+        assert found["applied"] == ["equalize", "reestimate_bn", name]
     assert first["condition"] == {"on": [False, True, True]}
     assert first["sharded"].keys() > {"file", "pieces", "file from 1", "pieces from 1", "loaded"}
     assert not any(first["sharded"].values()), "sharded training differs from DDP"
@@ -86,6 +88,7 @@ def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path
         "sharded apart": "`bn` cannot be folded into `stem`",
         "learned": "nobody would reduce their gradients",
         "export": "works on the whole model",
+        "algorithm": "they lie in pieces",
         "tensor parallel": "a part of its weight",
     }
     assert first["refused"].keys() == said.keys()

@@ -57,6 +57,7 @@ def test_there_are_stacks() -> None:
         "mixed_precision",
         "nics_fix",
         "onnxruntime_int8",
+        "ptq_int4",
         "ptq_int8",
         "tflite_int8",
         "two_stage_int8",

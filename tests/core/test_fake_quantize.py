@@ -67,7 +67,7 @@ def test_the_input_is_left_alone(step: object, requires_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("step", [0.125, torch.tensor(0.125)], ids=["float", "tensor"])
-def test_gradient_of_a_fine_grid(step: object) -> None:
+def test_row11_gradient_of_a_fine_grid(step: object) -> None:
     """From 128 codes on the mask is taken from the output: its two end codes count as clipped."""
     codes = torch.tensor([-200.0, -128.0, -127.6, -127.0, 0.0, 126.0, 126.6, 127.0, 200.0])
     x = (codes * 0.125).requires_grad_()
@@ -76,7 +76,7 @@ def test_gradient_of_a_fine_grid(step: object) -> None:
 
 
 @pytest.mark.parametrize("step", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
-def test_gradient_of_a_coarse_grid(step: object) -> None:
+def test_row11_gradient_of_a_coarse_grid(step: object) -> None:
     """Below 128 codes the mask is taken from the input, half a step beyond the end codes."""
     codes = torch.tensor([-9.0, -8.6, -8.4, -8.0, 0.0, 7.0, 7.4, 7.6, 9.0])
     x = (codes * 0.5).requires_grad_()

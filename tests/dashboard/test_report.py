@@ -15,7 +15,7 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.dashboard.records import RunRecord
 from lightning_linger.dashboard.report import report_html
 from lightning_linger.dashboard.run_log import FILE_NAME, RunLog
-from lightning_linger.dashboard.sensitivity import suggest_bits
+from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, suggest_bits
 from tests.browser import chromium, wait
 from tests.dashboard.runs import ADD, CONV, FC, STEM, run
 
@@ -27,6 +27,8 @@ SENSITIVITIES = [
     SensitivityRow(FC, 4, 0.0),
     SensitivityRow(FC, 8, 0.0),
 ]
+
+CHOSEN = {STEM: {"weight_bits": 8}, FC: {"weight_bits": 4}}
 
 
 def a_run() -> RunRecord:
@@ -52,7 +54,7 @@ def write(record: RunRecord, folder: Path) -> None:
 
 def test_the_page_holds_the_values_of_the_run() -> None:
     record = a_run()
-    data = data_of(report_html(record, SENSITIVITIES, tolerance=0.01))
+    data = data_of(report_html(record, MeasuredSensitivities(SENSITIVITIES, tolerance=0.01)))
     assert [layer["site"] for layer in data["layers"]] == [STEM, CONV, ADD, FC]
     rows = {layer["site"]: layer for layer in data["layers"]}
     for error in record.epochs[-1].layers:
@@ -72,7 +74,7 @@ def test_the_page_holds_the_values_of_the_run() -> None:
 def test_every_chart_is_one_that_plotly_accepts() -> None:
     import plotly.graph_objects as go
 
-    data = data_of(report_html(a_run(), SENSITIVITIES))
+    data = data_of(report_html(a_run(), MeasuredSensitivities(SENSITIVITIES)))
     charts = [*data["figures"].values(), *data["groups"].values()]
     charts += [layer["histogram"] for layer in data["layers"]]
     assert len(charts) == 5 + 1 + 4
@@ -115,6 +117,20 @@ def test_the_command_writes_one_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "there already" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0
     assert "sensitivity" not in data_of(target.read_text())["figures"]
+    # What the run itself has measured and chosen is shown without being asked for.
+    (tmp_path / "version_0" / "sensitivity.csv").write_text(table.read_text())
+    chosen = tmp_path / "version_0" / "mixed_precision.json"
+    chosen.write_text(json.dumps({STEM: {"weight_bits": 4}, FC: {"activation_bits": 8}}))
+    assert main([*arguments, "--force"]) == 0
+    data = data_of(target.read_text())
+    assert data["suggestion"] == {STEM: 4, FC: 8}
+    assert data["drops"] == {STEM: [0.05, 0.001], FC: [0.0, 0.0]}
+    assert "under the budget" in data["reason"]
+    assert main([*arguments, "--force", "--tolerance", "0.01"]) == 0
+    assert data_of(target.read_text())["suggestion"] == {STEM: 8, FC: 4}
+    chosen.write_text("[]")
+    assert main([*arguments, "--force"]) == 2
+    assert "holds no overrides" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "report.html",
         "sensitivity.csv",
@@ -170,7 +186,7 @@ def test_a_wrong_table_is_refused(tmp_path: Path, content: str, message: str) ->
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     target = tmp_path_factory.mktemp("report") / "report.html"
-    target.write_text(report_html(a_run(), SENSITIVITIES, tolerance=0.01))
+    target.write_text(report_html(a_run(), MeasuredSensitivities(SENSITIVITIES, CHOSEN)))
     with chromium() as session:
         session.get(target.as_uri())
         wait(session, "document.body.dataset.ready")
@@ -200,6 +216,11 @@ def test_the_report_opens_offline_and_draws_every_chart(page: Any) -> None:
     # One cell per layer and quantized epoch, with its value in it.
     assert texts(page, "#accumulated .heatmap-label")[:2] == ["36", "36"]
     assert "0.20%" in texts(page, "#verdict")[0]
+    assert texts(page, "#suggestion tr") == [
+        "layer4 bits8 bitssuggested",
+        f"{STEM}0.05000.001008",
+        f"{FC}0.000.004",
+    ]
 
 
 def test_clicking_a_layer_shows_it(page: Any) -> None:

@@ -12,6 +12,7 @@ import lightning_linger.ops  # noqa: F401 - fills the op table
 from lightning_linger.core.registry import Op, all_ops
 from lightning_linger.ops.refused import RefusedOp
 from lightning_linger.platforms import PLATFORMS
+from lightning_linger.platforms.tflite import TFLITE
 from tests.ops.cases import ALL, Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
@@ -34,6 +35,8 @@ stays float, and `linger.summary(model)` says so.
   in the runner or in onnxruntime; *8 bit*: at 8 bits only; *some*: see the last column; *no*: the
   export refuses the op, and says why. **†**: it can be written and simulated, but the engine cannot
   run it or computes something else; `strict_platform=True` makes it an error at set-up.
+- **tflite**: no file is written. *yes*: evaluation and integers agree bit for bit, in TFLite's own
+  arithmetic where [TFLite](tflite.md#kernels) describes it; *float*: the op stays float.
 
 """
 
@@ -45,15 +48,15 @@ def page() -> str:
         for kind in (case.kind, *case.covers):
             cases[kind].append(case)
     lines = [
-        "| op | train = integer | " + " | ".join(EXPORTS) + " | what is refused |",
-        "| --- | --- |" + " --- |" * (len(EXPORTS) + 1),
+        "| op | train = integer | " + " | ".join((*EXPORTS, "tflite")) + " | what is refused |",
+        "| --- | --- |" + " --- |" * (len(EXPORTS) + 2),
     ]
     notes: dict[str, str] = {}
     for op in all_ops():
         if isinstance(op, RefusedOp):
             continue
         own = [case for case in cases[op.kind] if case.kind == op.kind] or cases[op.kind]
-        cells = [_cell(op.kind, platform, own) for platform in EXPORTS]
+        cells = [*(_cell(op.kind, platform, own) for platform in EXPORTS), _simulated(op.kind)]
         lines.append(f"| `{op.kind}` | {_exactness(op)} | {' | '.join(cells)} | {_refusals(own)} |")
         for name in EXPORTS:
             instead = PLATFORMS[name].unsupported.get(op.kind)
@@ -85,6 +88,12 @@ def _cell(kind: str, platform: str, cases: list[Case]) -> str:
     else:
         return "no"
     return cell + ("†" if kind in PLATFORMS[platform].unsupported else "")
+
+
+def _simulated(kind: str) -> str:
+    if kind in TFLITE.stays_float:
+        return "float"
+    return "yes†" if kind in TFLITE.unsupported else "yes"
 
 
 def _refusals(cases: list[Case]) -> str:

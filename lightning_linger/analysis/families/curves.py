@@ -12,7 +12,7 @@ def read_clamp(visit: Visit) -> None:
     """Read a clamp: a ReLU, or what only saturation gives."""
     window = window_of(visit.call)
     x, out = visit.operand(0), visit.result()
-    if (window.low, window.high) == (0.0, math.inf):
+    if (window.low, window.high) == (0.0, math.inf) or not visit.shifts:
         visit.add("relu", (x,), (out,))
     else:
         visit.add("unsupported", (x,), (out,), facts={"instead": "use a ReLU"})
@@ -47,7 +47,7 @@ def read_embedding(visit: Visit) -> None:
 
 def read_interpolation(visit: Visit) -> None:
     """Read an interpolation: nearest neighbours are moved values."""
-    if visit.call.mode not in ("nearest", "nearest-exact"):
+    if visit.call.mode not in ("nearest", "nearest-exact") and visit.shifts:
         visit.refuse("use mode='nearest', or a transposed convolution")
         return
     visit.add("move", (visit.operand(0),), (visit.result(),))

@@ -28,7 +28,7 @@ def read_sub(visit: Visit) -> None:
     """Read a difference with a number, which is a sum; the engine has no other."""
     operands = visit.operands()
     tensors = [data for data in operands if data is not None and data.elements > 1]
-    if len(tensors) == 1:
+    if len(tensors) == 1 or not visit.shifts:
         read_add(visit)
     else:
         visit.refuse("use an addition with the weights of one side negated")

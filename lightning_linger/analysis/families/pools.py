@@ -84,7 +84,11 @@ def read_extreme(visit: Visit) -> None:
     """Read ``amax``, or ``max`` along a dimension or of everything."""
     call = visit.call
     if getattr(call, "other", None) is not None:
-        visit.refuse()
+        if visit.shifts:
+            visit.refuse()
+        else:
+            operands = [data for data in visit.operands() if data is not None]
+            visit.add(visit.node.op, operands, (visit.result(),))
         return
     x, dim = visit.operand(0), call.dim
     given = tuple(range(len(x.shape))) if dim is None else dim

@@ -177,8 +177,11 @@
   function showSensitivity() {
     if (!run.figures.sensitivity) return;
     find("sensitivity-section").hidden = false;
-    find("tolerance").textContent = "Suggested: the narrowest width at which the metric drops by no more than " + run.tolerance + ".";
-    find("suggestion").append(listTable(["layer", "bits"], Object.entries(run.suggestion).map(([site, bits]) => [site, String(bits)])));
+    find("tolerance").textContent = run.reason;
+    const shown = (drop) => drop === null ? "" : drop.toPrecision(3);
+    find("suggestion").append(listTable(
+      ["layer", ...run.widths.map((bits) => bits + " bits"), "suggested"],
+      Object.entries(run.suggestion).map(([site, bits]) => [site, ...run.drops[site].map(shown), String(bits)])));
     draw("sensitivity", run.figures.sensitivity);
   }
 

@@ -21,20 +21,18 @@ from lightning_linger.ops.recurrent.call import (
     bind_layer,
     directions_of,
 )
+from lightning_linger.ops.recurrent.captured_flow import CapturedFlow
+from lightning_linger.ops.recurrent.code_flow import CodeFlow, finish_codes
 from lightning_linger.ops.recurrent.floating import run_float
 from lightning_linger.ops.recurrent.flow import (
-    CapturedFlow,
-    CodeFlow,
-    Flow,
-    RealFlow,
     Results,
-    finish_codes,
-    finish_reals,
     limited_parameters,
     part_name,
+    projections,
 )
 from lightning_linger.ops.recurrent.fusion import is_fused
 from lightning_linger.ops.recurrent.kernels import from_rows, to_rows
+from lightning_linger.ops.recurrent.real_flow import RealFlow, finish_reals
 
 
 class RecurrentOp(Op):
@@ -53,6 +51,11 @@ class RecurrentOp(Op):
     takes_window = False
     learns_ranges = False
     exact_with_free_scales = True
+
+    def learned_weights(self, call: RecurrentCall) -> Mapping[str, int | None]:
+        """Every weight of every direction."""
+        maps = [projections(d) for directions in directions_of(call) for d in directions]
+        return {p.name: p.weight.shape[0] for three in maps for p in three if p is not None}
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -114,7 +117,7 @@ class RecurrentOp(Op):
 
     def _float_steps(self, site: Site, call: RecurrentCall) -> Any:
         """Run step by step in plain tensor operations."""
-        flow = Flow(site, self.cell, call, self.is_cell)
+        flow = RealFlow(site, self.cell, call, self.is_cell)
         x, finals = call.input, []
         for layer, directions in enumerate(directions_of(call)):
             rows, sizes = to_rows(x, call.batch_first, flow.sizes)

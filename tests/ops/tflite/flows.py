@@ -65,14 +65,17 @@ def quantized(
 
 @torch.no_grad()
 def calls(model: nn.Module, *inputs: Tensor) -> dict[str, Ran]:
-    """Run in integers; the calls whose result is codes, by kind of their op."""
+    """Run in integers; the calls whose result is codes, by kind of their op.
+
+    A layer whose operand is not on a grid yet is a ``first`` one.
+    """
     found: dict[str, Ran] = {}
 
     def tap(event: Event) -> None:
         leaves = torch.utils._pytree.tree_leaves(tuple(event.call))
         operands = [x for x in leaves if isinstance(x, Tensor) and tag_of(x) is not None]
         if isinstance(event.result, Tensor) and tag_of(event.result) is not None:
-            kind = event.site.op.kind
+            kind = event.site.op.kind if operands else f"first {event.site.op.kind}"
             while kind in found:
                 kind += "+"
             found[kind] = Ran(event.site, list(map(Stored.of, operands)), Stored.of(event.result))

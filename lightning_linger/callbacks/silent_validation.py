@@ -1,9 +1,10 @@
-"""The user's own validation, repeated in integers."""
+"""The user's own validation, without a word to the loggers."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ from torchmetrics import Metric
 
 from lightning_linger.callbacks.discovery import silent
 from lightning_linger.core.distributed import gather_objects
-from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.prepare import no_trace
 
 
@@ -57,47 +57,56 @@ class _Logged:
         }
 
 
-def validate_in_integers(trainer: Any, module: Any) -> dict[str, float]:
-    """Run ``validation_step`` on the validation data with the model in integers.
-
-    Nothing is logged and nothing of the module changes. A run with several validation loaders, or
-    with none, is left out.
-
-    Returns:
-        What the user's steps, or the end of their epoch, log, by name.
-    """
-    loader = trainer.val_dataloaders
-    batches = trainer.num_val_batches
-    if loader is None or isinstance(loader, list | tuple | dict) or not any(batches):
-        return {}
-    with _in_evaluation(module), silent(module):
-        logged = _Logged(module)
-        module.__dict__.update(log=logged.log, log_dict=logged.log_dict)
-        for metric in [part for part in module.modules() if isinstance(part, Metric)]:
-            metric.reset()
-        module.on_validation_epoch_start()
-        with integer(module):
-            for index, batch in enumerate(loader):
-                if index >= batches[0]:
-                    break
-                logged.batch_size = _samples(batch)
-                _step(trainer, module, batch, index)
-        module.on_validation_epoch_end()
-        return logged.values()
-
-
 @contextlib.contextmanager
-def _in_evaluation(module: Any) -> Iterator[None]:
+def evaluation(module: Any) -> Iterator[None]:
+    """Run a module in evaluation mode, without gradients; on leaving it is as it was."""
     with no_trace(module):
         module.eval()
         yield
 
 
-def _step(trainer: Any, module: Any, batch: Any, index: int) -> None:
-    moved = module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
-    arguments = (moved, index)[: len(inspect.signature(module.validation_step).parameters)]
+def has_one_loader(trainer: Any) -> bool:
+    """Whether there is validation data, from one loader."""
+    loader = trainer.val_dataloaders
+    alone = loader is not None and not isinstance(loader, list | tuple | dict)
+    return alone and any(trainer.num_val_batches)
+
+
+def validation_batches(trainer: Any, module: Any, most: float = math.inf) -> Iterator[Any]:
+    """Return batches of the validation, on the module's device."""
+    most = min(most, trainer.num_val_batches[0])
+    for index, batch in enumerate(trainer.val_dataloaders):
+        if index >= most:
+            return
+        yield module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
+
+
+def validation_step(trainer: Any, module: Any, batch: Any, index: int) -> None:
+    """Run the user's step on a batch."""
+    arguments = (batch, index)[: len(inspect.signature(module.validation_step).parameters)]
     with trainer.precision_plugin.val_step_context():
         module.validation_step(*arguments)
+
+
+def silent_validation(trainer: Any, module: Any) -> dict[str, float]:
+    """Run the user's validation on all its data, in evaluation mode as it is on now.
+
+    Nothing is logged, and metrics and lists of the module are as they were afterwards.
+
+    Returns:
+        What the user's steps, or the hooks around their epoch, log, by name.
+    """
+    with silent(module):
+        logged = _Logged(module)
+        module.__dict__.update(log=logged.log, log_dict=logged.log_dict)
+        for metric in [part for part in module.modules() if isinstance(part, Metric)]:
+            metric.reset()
+        module.on_validation_epoch_start()
+        for index, batch in enumerate(validation_batches(trainer, module)):
+            logged.batch_size = _samples(batch)
+            validation_step(trainer, module, batch, index)
+        module.on_validation_epoch_end()
+        return logged.values()
 
 
 def _samples(batch: Any) -> int:
