@@ -223,6 +223,11 @@ def test_row39_results_are_real() -> None:
         linger.calibrate(net(), data(), linger.QuantConfig(platform="mlu"))
 
 
+def test_row39_there_are_no_zero_points() -> None:
+    with pytest.raises(linger.ConfigError, match="'mlu' has no zero points"):
+        linger.calibrate(net(), data(), config(symmetry="affine"))
+
+
 class OwnConv(nn.Conv2d):
     """A subclass, which CATCH leaves in float without a word."""
 
