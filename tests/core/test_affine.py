@@ -40,6 +40,11 @@ def test_parameters(low: float, high: float, step: float, zero_point: int) -> No
     assert place == zero_point
 
 
+def test_row68_a_zero_point_between_two_codes_goes_away_from_zero() -> None:
+    assert AFFINE.zero_point_value_of_range(-1.5, 1.0) == -127
+    assert AFFINE.zero_point_of_range(torch.tensor(-1.5), torch.tensor(1.0)).item() == -127
+
+
 def test_row68_an_empty_range_has_a_usable_step() -> None:
     step, zero_point = parameters(0.0, 0.0)
     assert (step, zero_point) == (1.0, -128)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_linger.ops.conv import finish_accumulator, in_one_product
 from tests.models import Lambda
 from tests.ops.tflite import oracle
 from tests.ops.tflite.flows import Ran, Stored, calls, prepared, quantized
@@ -158,6 +159,23 @@ def test_row70_a_matrix_product_of_activations() -> None:
     real = float(np.float32(a.scale) * np.float32(b.scale)) / ran.result.scale
     expected = oracle.requantized(acc, [real], ran.result.zero, -128, 127)
     assert_equal(ran.result.codes, expected)
+
+
+def test_row70_products_of_scales_are_of_the_right_precision() -> None:
+    """On sums so large that the last bits of a multiplier show."""
+    torch.manual_seed(0)
+    sums = torch.randint(-(2**30), 2**30, (20000, 1)).double()
+    x, w, out = (float(np.float32(scale)) for scale in (0.0123, 0.0457, 17.3))
+    of_a_layer = (16, -(2**15), 2**15 - 1, "half_away", "tflite", 0)
+    in_float32 = float(np.float32(x) * np.float32(w)) / out
+    for scales, real in (
+        ((x, [w]), x * w / out),
+        (in_one_product(x, [w], out, "tflite"), in_float32),
+    ):
+        found = finish_accumulator(sums.clone(), *scales, out, *of_a_layer).long().numpy()
+        expected = oracle.requantized(sums.long().numpy(), [real], 0, -(2**15), 2**15 - 1)
+        assert_equal(found, expected)
+    assert oracle.quantized_multiplier(in_float32) != oracle.quantized_multiplier(x * w / out)
 
 
 @pytest.mark.parametrize(
