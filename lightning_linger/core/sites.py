@@ -469,7 +469,7 @@ class Site(nn.Module):
             if kept is None and not capturing():
                 kept = self.hold(name, step)
             if kept is not None:
-                step = float(kept) if isinstance(step, float) else kept
+                step = float(kept) if isinstance(step, float) else kept.to(step.device)
         if not capturing():
             self.latest_steps[name] = step
         return step

@@ -248,7 +248,7 @@ class _Load(NamedTuple):
             else:
                 item.quantizer.adopt_step(steps[0])
         else:
-            step = torch.tensor(steps) if len(steps) > 1 else torch.tensor(steps[0])
+            step = torch.tensor(steps if len(steps) > 1 else steps[0])
             if "weights" in item.site.frozen:
                 item.site.hold(item.weight_name, step)
             item.site.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]

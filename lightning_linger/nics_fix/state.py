@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.sites import RoundedParameter
@@ -39,6 +40,8 @@ def fix_state_dict(
     called, args, kwargs = model, example_inputs or (), example_kwargs or {}
     if example_inputs is None and example_kwargs is None:
         called, args, kwargs = recorded_example(model)
+        device = next((x.device for x in model.parameters()), torch.device("cpu"))
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     state = OrderedDict(
         (name, value.detach().clone())
         for name, value in model.state_dict().items()

@@ -31,7 +31,7 @@ class SummaryRow:
             empty while unknown.
         range: Largest magnitude of the output seen so far, empty while unknown.
         stage: What acts on it now, e.g. ``fuse, normalize, quantize``.
-        why_float: Why it is not quantized, empty if it is.
+        why_float: Why it is not quantized, or which parts of it are not; empty if all is.
         platform: Whose arithmetic it has, empty for float.
     """
 
@@ -89,6 +89,8 @@ def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
         system = "fake" if switches.quantize else "planned"
         if switches.quantize and not site.ready:
             system, why = "float", "has seen no range yet"
+        elif site.floating:
+            why = f"left in float: {', '.join(sorted(site.floating))}"
     elif not switches.quantize:
         why = why if why != "not reached" else ""
     bits = _bits(site)

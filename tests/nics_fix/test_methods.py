@@ -177,6 +177,9 @@ def on_grid_all(model: nn.Module, x: Tensor) -> Tensor:
 def test_integers_need_every_item_on_its_grid() -> None:
     model, x = network()
     set_fix_method(model, FIX_FIXED, by_name={"net.4": {"weight": FIX_NONE}})
+    rows = {row.site: row.why_float for row in linger.summary(model)}
+    assert rows["net.4/linear/0"] == "left in float: weights"
+    assert rows["net.0/conv2d/0"] == ""
     model.eval()
     with (
         pytest.raises(UnsupportedError, match=r"net.4/linear/0.*weights are left in float"),
