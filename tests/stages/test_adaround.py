@@ -237,9 +237,16 @@ def test_limits_are_kept() -> None:
     linger.fuse_bn(model)
     linger.normalize(model, weight=0.2, output=None, overrides={"net.9": {"weight": "3*mean"}})
     linger.calibrate(model, [x], linger.QuantConfig(weight_bits=4))
+    nearest, before = codes_of(model, x), copy.deepcopy(float_state(model))
     rows = linger.adaround(model, [x], QUICK)
     assert rows[-1].why_not == "its range limit follows the weights"
     assert sum(row.changed for row in rows) > 0
+    # Up would be beyond the limit for those that it cuts: they have to stay.
+    for key in LAYERS[1:3]:
+        name = key.partition("/")[0] + ".weight"
+        moved = float_state(model)[name] != before[name]
+        assert (before[name].abs() > 0.2).any()
+        assert torch.equal(moved, codes_of(model, x)[key] != nearest[key])
     assert_integer_exact(model, x)
 
 

@@ -143,6 +143,19 @@ def test_variances_that_change_codes_are_kept_unless_asked_for() -> None:
     assert all(torch.equal(statistics(frozen)[k], v) == ("var" in k) for k, v in state.items())
 
 
+def test_every_batch_counts_alike_under_the_same_weights() -> None:
+    """Folded weights do not follow the statistics of the batches before."""
+    batches = [torch.rand(32, 2, 6, 6), torch.rand(32, 2, 6, 6) * 3]
+    model = quantized(batches[0], weight_bits=3)
+    twins = [copy.deepcopy(model) for _ in batches]
+    linger.reestimate_bn(model, batches)
+    singles = []
+    for twin, batch in zip(twins, batches, strict=True):
+        singles.append(statistics(linger.reestimate_bn(twin, [batch])))
+    for key, value in statistics(model).items():
+        assert torch.allclose(value, (singles[0][key] + singles[1][key]) / 2), key
+
+
 def test_a_forward_that_fails_leaves_the_statistics() -> None:
     x = torch.randn(8, 2, 6, 6)
     model = linger.prepare(net(), (x,))
