@@ -171,7 +171,10 @@ def test_mixed_precision_keeps_its_budget(examples: Examples, tmp_path: Path) ->
     assert list(results) == ["float", "2 bits", "mixed, as 2 bits", "3 bits", "mixed, as 3 bits"]
     for name, methods in results.items():
         assert all(0.0 < accuracy <= 1.0 for accuracy in methods.values()), name
-    model = examples.digits.Digits()
+    data = examples.digits.digits_data()
+    model = examples.digits.Digits().eval()
+    trained = examples.mixed_precision.trained(model, data, 3, None, 1, tmp_path, distill=True)
+    assert not [row for row in linger.summary(trained) if row.system == "float"]
     sizes = {
         path: module.weight.numel() for path, module in model.named_modules() if path in LAYERS
     }
