@@ -77,7 +77,8 @@ def trained(
     distill: bool = False,
 ) -> Classifier:
     """Return a copy that is trained further on the grid."""
-    quantized = copy.deepcopy(model)
+    # Lightning trains a model in the mode that it finds it in.
+    quantized = copy.deepcopy(model).train()
     quantized.hparams["learning_rate"] *= 0.5
     quantize = QuantizeCallback(platform=PLATFORM, weight_bits=bits, overrides=overrides)
     callbacks = [FuseBNCallback(), quantize]

@@ -17,6 +17,10 @@ pytest.importorskip("onnxruntime")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCURACIES = ("float", "constrained", "QAT", "integer", "exported")
+LAYERS = (
+    *("stem", "block1.conv1", "block1.conv2", "down", "block2.conv1", "block2.conv2"),
+    *("wide", "fc"),
+)
 SPLITS = ("train", "validation", "test")
 
 
@@ -158,6 +162,27 @@ def test_row33_row49_a_model_is_calibrated_saved_and_run(
     assert (tmp_path / "quantized.pt").is_file()
     assert "fc.scale" in torch.load(tmp_path / "catch.pth", weights_only=True)
     assert "run, raw images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_precision_keeps_its_budget(examples: Examples, tmp_path: Path) -> None:
+    results = examples.mixed_precision.main(tmp_path, epochs=2, seeds=1)
+    assert list(results) == ["float", "2 bits", "mixed, as 2 bits", "3 bits", "mixed, as 3 bits"]
+    for name, methods in results.items():
+        assert all(0.0 < accuracy <= 1.0 for accuracy in methods.values()), name
+    data = examples.digits.digits_data()
+    model = examples.digits.Digits().eval()
+    trained = examples.mixed_precision.trained(model, data, 3, None, 1, tmp_path, distill=True)
+    assert not [row for row in linger.summary(trained) if row.system == "float"]
+    sizes = {
+        path: module.weight.numel() for path, module in model.named_modules() if path in LAYERS
+    }
+    for bits in (2, 3):
+        overrides = json.loads((tmp_path / f"mixed.{bits}.0.json").read_text())
+        assert set(overrides) == set(sizes)
+        spent = sum(sizes[layer] * fields["weight_bits"] for layer, fields in overrides.items())
+        assert spent <= sum(sizes.values()) * bits
 
 
 def cifar_folder(folder: Path, images: int) -> np.ndarray:

@@ -189,16 +189,15 @@ def sensitivity_bars(measured: MeasuredSensitivities) -> Chart:
         {"type": "bar", "orientation": "h", "name": f"{bits} bits", "y": sites, "x": list(column)}
         for bits, column in zip(measured.widths, zip(*drops, strict=True), strict=True)
     ]
-    logarithmic = spans_decades([row.drop for row in measured.rows])
+    axis: Chart = {"title": {"text": "drop of the metric"}, "automargin": True}
+    if spans_decades([row.drop for row in measured.rows]):
+        axis |= {"type": "log", "dtick": 1, "exponentformat": "power"}
     layout = {
         "height": 120 + _ROW_HEIGHT * len(sites) * max(len(data), 1),
-        "xaxis": {
-            "title": {"text": "drop of the metric"},
-            "type": "log" if logarithmic else "linear",
-        },
+        "xaxis": axis,
         "yaxis": {"autorange": "reversed", "automargin": True},
-        "legend": {"orientation": "h", "y": 1.1},
-        "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
     }
     return {"data": data, "layout": layout}
 

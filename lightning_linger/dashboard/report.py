@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
+from lightning_linger.core.progress import with_progress
 from lightning_linger.dashboard import charts
 from lightning_linger.dashboard.advice import advise, judge_outputs
 from lightning_linger.dashboard.records import LayerError, RunRecord
@@ -103,7 +104,8 @@ def _layers(record: RunRecord) -> list[dict[str, Any]]:
     advice = {item.error.site: item for item in advise(record)}
     inputs = {layer.site: record.measured_inputs(layer.site) for layer in record.measured_layers}
     rows = []
-    for order, layer in enumerate(record.measured_layers):
+    layers = with_progress(record.measured_layers, "Writing the report")
+    for order, layer in enumerate(layers):
         history = [
             (epoch.epoch, error)
             for epoch in record.measured

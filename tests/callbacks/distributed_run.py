@@ -28,15 +28,18 @@ import lightning_linger as linger
 from lightning_linger.callbacks import (
     AdaRoundCallback,
     BiasCorrectionCallback,
+    DistillationCallback,
     EqualizeCallback,
     FuseBNCallback,
     IntegerValidatorCallback,
     NormalizeCallback,
     ONNXExportCallback,
+    ProgressiveBitsCallback,
     QuantErrorCallback,
     QuantizeCallback,
     ReestimateBNCallback,
     RNGStateCallback,
+    SensitivityCallback,
 )
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
@@ -231,6 +234,17 @@ def learned_by_chance(folder: Path) -> dict[str, Any]:
     return {"digests": seen.seen, "learned": found}
 
 
+def narrowing(folder: Path) -> dict[str, Any]:
+    """Chosen widths, then narrower ones, drawn to the float model, on data that ranks divide."""
+    seen = Digests()
+    chooser = SensitivityCallback(at_epoch=1, budget=400, apply=True)
+    progressive = ProgressiveBitsCallback({2: {"activation_bits": 6, "output_bits": 6}})
+    callbacks = [*stages(1), chooser, progressive, DistillationCallback(), seen]
+    _, module = fit(folder, callbacks, epochs=3)
+    bits = [row.bits for row in linger.summary(module)]
+    return {"digests": seen.seen, "rows": [vars(row) for row in chooser.rows], "bits": bits}
+
+
 def metrics(folder: Path) -> dict[str, Any]:
     validator, error = IntegerValidatorCallback(batches=2), QuantErrorCallback()
     saver = pl.callbacks.ModelCheckpoint(folder / "best", monitor="quant_error/worst_sqnr")
@@ -402,6 +416,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "dynamic limits": dynamic_limits,
     "estimators": estimators,
     "learned by chance": learned_by_chance,
+    "narrowing": narrowing,
     "metrics": metrics,
     "without data": without_data,
     "export": export,

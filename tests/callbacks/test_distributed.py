@@ -120,6 +120,10 @@ def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path
     for name, bound in limited.items():
         assert first["dynamic limits"]["ranges"][name] == pytest.approx(bound, rel=1e-5)
 
+    assert len(first["narrowing"]["digests"]) == 3 * distributed_run.BATCHES
+    assert all(row["drop"] > 0 for row in first["narrowing"]["rows"] if row["bits"] == 2)
+    assert any(bits.endswith("/6/6") for bits in first["narrowing"]["bits"])
+
     assert first["without data"]["max_lsb"] == 1
     assert first["without data"]["outputs"]["changed"] == 1.0
 

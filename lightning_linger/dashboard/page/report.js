@@ -178,7 +178,8 @@
     if (!run.figures.sensitivity) return;
     find("sensitivity-section").hidden = false;
     find("tolerance").textContent = run.reason;
-    const shown = (drop) => drop === null ? "" : drop.toPrecision(3);
+    const shown = (drop) => drop === null ? "" :
+      drop !== 0 && Math.abs(drop) < 1e-3 ? drop.toExponential(2) : drop.toPrecision(3);
     find("suggestion").append(listTable(
       ["layer", ...run.widths.map((bits) => bits + " bits"), "suggested"],
       Object.entries(run.suggestion).map(([site, bits]) => [site, ...run.drops[site].map(shown), String(bits)])));
