@@ -368,7 +368,8 @@ def _whole(x: Tensor) -> Tensor:
 def _total(x: Any, y: Any, sign: int, overwrite: bool = False) -> Tensor:
     if overwrite and isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
         return x.add_(y, alpha=sign)
-    return x + y if sign > 0 else x - y  # type: ignore[no-any-return]
+    total: Tensor = x + y if sign > 0 else x - y
+    return total
 
 
 class _Saturate(torch.autograd.Function):

@@ -62,11 +62,12 @@ def convolve(
 ) -> Tensor:
     """Run the convolution of the right dimension and direction."""
     function = _CONVOLUTIONS[transposed, len(stride)]
+    out: Tensor
     if transposed:
         out = function(x, weight, bias, stride, padding, output_padding, groups, dilation)
     else:
         out = function(x, weight, bias, stride, padding, dilation, groups)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 @integer_op("linger::conv")

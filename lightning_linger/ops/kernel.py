@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Target:
         return Target(step, quantizer.grid.code_bits, low, high)
 
 
-class KernelOp(Op):
+class KernelOp(Op, ABC):
     """An op with an integer kernel that a chain of float roundings would not reproduce.
 
     In fake-quant the value is the kernel's and the gradient is that of the float function on the
@@ -61,13 +62,13 @@ class KernelOp(Op):
         """Return the call with other operands."""
         return call._replace(**{call._fields[0]: operands[0]})
 
+    @abstractmethod
     def real(self, site: Site, call: Any) -> Tensor:
         """Run the float function on real values; gradients flow through it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kernel(self, site: Site, call: Any, target: Target) -> Tensor:
         """Run on codes: the operands are tagged payloads; return the payload of the result."""
-        raise NotImplementedError
 
     def finest_step(self, site: Site, call: Any) -> Scalar | None:
         """Return the finest step the platform can give the result, None for no bound."""

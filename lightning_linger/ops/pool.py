@@ -67,9 +67,10 @@ def window_sums(
             x.unsqueeze(-1), (*kernel_size, 1), (*stride, 1), (*padding, 0), ceil_mode
         )
         return sums.squeeze(-1)
-    return _AVERAGES[dims](  # type: ignore[no-any-return]
+    total: Tensor = _AVERAGES[dims](
         x, kernel_size, stride, padding, ceil_mode, True, divisor_override=1
     )
+    return total
 
 
 def window_counts(
@@ -263,7 +264,8 @@ def integer_max_pool(
     """Take the maximum of codes over windows; padding never wins."""
     pool = _MAXIMA[len(kernel_size)]
     dtype = torch.float32 if x.dtype != torch.int32 else torch.float64
-    return pool(x.to(dtype), kernel_size, stride, padding, dilation, ceil_mode).to(x.dtype)  # type: ignore[no-any-return]
+    largest: Tensor = pool(x.to(dtype), kernel_size, stride, padding, dilation, ceil_mode)
+    return largest.to(x.dtype)
 
 
 @integer_max_pool.register_fake

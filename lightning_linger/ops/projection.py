@@ -126,7 +126,7 @@ class Projection:
         rows = own.flatten(1) if per_channel else own.reshape(1, -1)
         step_w = site.held(self.name, weight_step(site, rows, finest, self.name))
         vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-        steps = step_w.view(-1, 1) if vector else step_w  # type: ignore[union-attr]
+        steps = torch.as_tensor(step_w).view(-1, 1) if vector else step_w
         rounding = site.weight_rounding(self.name)
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_scale(self.name)

@@ -502,6 +502,21 @@ def test_a_large_pool_names_its_platform(tmp_path):
 # --- inputs and outputs -----------------------------------------------------------------------
 
 
+def test_values_enter_and_leave_integers_once(tmp_path):
+    """Nothing is quantized twice, and nothing becomes real between two ops of the engine."""
+
+    def run(m, x):
+        y = torch.cat([m.conv(x), m.other(x)], 1)
+        return F.max_pool2d(torch.sigmoid(y), 2), y
+
+    model = quantized(conv_model(run, other=nn.Conv2d(4, 4, 3)), image())
+    proto = exported(model, tmp_path, image())
+    assert ops(proto).count("Quant") == 1
+    assert ops(proto).count("Dequant") == 2
+    readers = {name for node in proto.graph.node for name in node.input}
+    assert not readers & {n.output[0] for n in proto.graph.node if n.op_type == "Dequant"}
+
+
 def test_outputs_come_in_the_order_of_the_forward(tmp_path):
     x = image()
     run = lambda m, x: {"z": m.conv(x), "a": (m.layer(x), None, 3), "same": x}  # noqa: E731

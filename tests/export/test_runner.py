@@ -185,12 +185,16 @@ def test_nodes_may_come_in_any_order():
 
 
 def test_a_dump_holds_every_tensor(tmp_path):
-    nodes = [node("Relu", ["x"], ["/act/0"]), node("iqAdd", ["/act/0", "x"], ["y"], **ADD)]
+    nodes = [
+        node("Relu", ["x"], ["/act/0"]),
+        node("iqAdd", ["/act/0", "x"], ["file"], **ADD),  # a name that numpy takes for its own
+        node("Identity", ["file"], ["y"]),
+    ]
     runner = OnnxIntegerRunner(graph(nodes, "x", "y"))
     path = tmp_path / "tensors.npz"
     found = runner.run({"x": CODES}, dump=path)
     with np.load(path) as dumped:
-        assert set(dumped.files) == {"x", "/act/0", "y"}
+        assert set(dumped.files) == {"x", "/act/0", "file", "y"}
         assert np.array_equal(dumped["/act/0"], np.maximum(CODES, 0))
         assert np.array_equal(dumped["y"], found["y"])
     with pytest.raises(linger.ConfigError, match="does not exist"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,9 +112,7 @@ class OnnxIntegerRunner:
         target = None if dump is None else check_target(dump)
         values = self.trace(inputs)
         if target is not None:
-            buffer = io.BytesIO()
-            np.savez(buffer, **values)  # type: ignore[arg-type]
-            write_atomically(target, buffer.getvalue())
+            write_atomically(target, _npz(values))
         return {
             name: values[name] if name in values else self.constants[name]
             for name in self.output_names
@@ -185,6 +184,16 @@ class OnnxIntegerRunner:
             msg = f"{label} has {wanted} outputs, and gives {len(found)}."
             raise UnsupportedError(msg)
         return found
+
+
+def _npz(values: Mapping[str, Array]) -> bytes:
+    """Return an ``.npz`` of arrays by any name; ``np.savez`` takes some for its own arguments."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in values.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _library_name(engine_name: str) -> str:

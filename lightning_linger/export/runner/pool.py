@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -70,8 +71,8 @@ def _max_pool(step: Step) -> Array:
     before, after = split_pads(step.sizes("pads", 2 * len(kernel), 0, [0] * (2 * len(kernel))))
     check_padded(step, x, before, after)
     if before != after or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
-        lowest = -float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
-        x, before = padded(step, x, before, after, lowest), [0] * len(kernel)  # type: ignore[arg-type]
+        lowest: float = -math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+        x, before = padded(step, x, before, after, lowest), [0] * len(kernel)
     y = integer_max_pool(
         x,
         kernel,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from lightning_linger.core.integer import code_limits
 from lightning_linger.export.runner.step import ROUNDING, Array, Kernel, Step, to_array
 from lightning_linger.ops.softmax import integer_log_softmax, integer_softmax
 
 
-def _along_last_axis(function: Callable[..., object]) -> Kernel:
+def _along_last_axis(function: Callable[..., Tensor]) -> Kernel:
     def run(step: Step) -> Array:
         x = step.codes(0)
         axis = int(step.attributes.get("axis", -1)) % x.dim()
@@ -27,7 +29,7 @@ def _along_last_axis(function: Callable[..., object]) -> Kernel:
             ROUNDING,
             step.platform,
         )
-        return to_array(y.reshape(x.shape))  # type: ignore[attr-defined]
+        return to_array(y.reshape(x.shape))
 
     return run
 

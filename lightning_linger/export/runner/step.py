@@ -180,7 +180,7 @@ def check_padded(step: Step, x: Tensor, before: Sequence[int], after: Sequence[i
 
 
 def padded(
-    step: Step, x: Tensor, before: Sequence[int], after: Sequence[int], value: int
+    step: Step, x: Tensor, before: Sequence[int], after: Sequence[int], value: float
 ) -> Tensor:
     """Pad the trailing dimensions."""
     check_padded(step, x, before, after)

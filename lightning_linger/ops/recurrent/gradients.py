@@ -7,6 +7,7 @@ and the cell state of an LSTM - passes no gradient. One autograd node holds a wh
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,7 @@ class _Recurrence(torch.autograd.Function):
             low, high = torch.aminmax(raw)
             layer.range = (low + poison, high + poison)
         ctx.layer = layer
-        ctx.needs = [bias_ih is not None, bias_hh is not None, hr is not None]
+        ctx.needs = [bias_ih is not None, bias_hh is not None]
         ctx.names = list(trace.values)
         ctx.save_for_backward(rows, ih, hh, hr, *trace.values.values())
         steps = (numbers.hidden.scale, *[CELL_STEP] * len(others))
@@ -156,7 +157,7 @@ class _Recurrence(torch.autograd.Function):
         outside = grads[0] * inside
         d_states = back.through_time(outside, inside.to(raw.dtype), list(grads[1:]))
         gates_x, gates_h = back.gates()
-        has_bias_ih, has_bias_hh, has_projection = ctx.needs
+        has_bias_ih, has_bias_hh = ctx.needs
         return (
             None,
             gates_x @ ih,
@@ -164,12 +165,12 @@ class _Recurrence(torch.autograd.Function):
             gates_h.t() @ values["before"],
             gates_x.sum(0) if has_bias_ih else None,
             gates_h.sum(0) if has_bias_hh else None,
-            back.projection() if has_projection else None,
+            back.projection(),
             *d_states,
         )
 
 
-class _Backward:
+class _Backward(ABC):
     """Back-propagation through the steps of one layer.
 
     Subclasses derive, for all steps at once, the factors that each step needs.
@@ -188,6 +189,7 @@ class _Backward:
         """Return the rows of each time step."""
         return tuple(x.split_with_sizes(self.layer.batch_sizes))
 
+    @abstractmethod
     def step(self, t: int, grads: list[Tensor]) -> list[Tensor]:
         """Return the gradients of the states before a step.
 
@@ -195,15 +197,14 @@ class _Backward:
             t: Index of the step.
             grads: Of the states after it; that of the hidden state as it was before rounding.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def gates(self) -> tuple[Tensor, Tensor]:
         """Return the gradients of the two products that make the gates, for all rows."""
-        raise NotImplementedError
 
-    def projection(self) -> Tensor:
-        """Return the gradient of the projection of an LSTM."""
-        raise NotImplementedError
+    def projection(self) -> Tensor | None:
+        """Return the gradient of the projection, which only an LSTM may have."""
+        return None
 
     def through_time(self, outside: Tensor, inside: Tensor, final: list[Tensor]) -> list[Tensor]:
         """Go through the steps from the last to the first.
@@ -283,8 +284,8 @@ class _LstmBackward(_Backward):
         found = self._found.view(-1, 4 * self.size)
         return found, found
 
-    def projection(self) -> Tensor:
-        return torch.cat(self._outputs).t() @ self.values["product"]
+    def projection(self) -> Tensor | None:
+        return None if self.hr is None else torch.cat(self._outputs).t() @ self.values["product"]
 
 
 class _GruBackward(_Backward):

@@ -21,21 +21,18 @@ from lightning_linger.ops.recurrent.call import (
     bind_layer,
     directions_of,
 )
+from lightning_linger.ops.recurrent.captured_flow import CapturedFlow
+from lightning_linger.ops.recurrent.code_flow import CodeFlow, finish_codes
 from lightning_linger.ops.recurrent.floating import run_float
 from lightning_linger.ops.recurrent.flow import (
-    CapturedFlow,
-    CodeFlow,
-    Flow,
-    RealFlow,
     Results,
-    finish_codes,
-    finish_reals,
     limited_parameters,
     part_name,
     projections,
 )
 from lightning_linger.ops.recurrent.fusion import is_fused
 from lightning_linger.ops.recurrent.kernels import from_rows, to_rows
+from lightning_linger.ops.recurrent.real_flow import RealFlow, finish_reals
 
 
 class RecurrentOp(Op):
@@ -120,7 +117,7 @@ class RecurrentOp(Op):
 
     def _float_steps(self, site: Site, call: RecurrentCall) -> Any:
         """Run step by step in plain tensor operations."""
-        flow = Flow(site, self.cell, call, self.is_cell)
+        flow = RealFlow(site, self.cell, call, self.is_cell)
         x, finals = call.input, []
         for layer, directions in enumerate(directions_of(call)):
             rows, sizes = to_rows(x, call.batch_first, flow.sizes)
