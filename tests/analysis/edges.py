@@ -128,6 +128,14 @@ def lstm(run: Callable[..., Any] | None = None, **kwargs: Any) -> Make:
     return make
 
 
+def recurrent(kind: type[nn.Module]) -> Make:
+    def make() -> Made:
+        model = Lambda(lambda m, x: m.rnn(x)[0], rnn=kind(4, 4, batch_first=True))
+        return model, (torch.randn(1, 5, 4),)
+
+    return make
+
+
 def packed(m: Any, x: Tensor) -> Tensor:
     lengths = torch.tensor([5])
     sequence = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
@@ -549,6 +557,9 @@ EDGES: list[Edge] = [
     Edge("lstm_projection", lstm(), lstm(proj_size=2), DILATED),
     Edge("lstm_steps", lstm(), lstm(packed), DILATED),
     Edge("lstm_packing", linear(4, 4), lstm(), DILATED),
+    # Every engine computes another cell than PyTorch's, or none.
+    Edge("unsupported_op", linear(4, 4), recurrent(nn.GRU)),
+    Edge("unsupported_op", linear(4, 4), recurrent(nn.RNN)),
     Edge("unsupported_op", behind_linear(F.relu), behind_linear(F.relu6)),
     Edge("unsupported_op", behind_linear(lambda a: a - 0.5), behind_linear(lambda a: a - a.relu())),
     Edge("unsupported_op", behind_linear(lambda a: a / 3), behind_linear(lambda a: a / a.relu())),

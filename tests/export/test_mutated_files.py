@@ -69,6 +69,19 @@ def healthy():
         node("Pad", ["u", "edges"], ["j"]),
         node("Slice", ["j", "starts", "ends"], ["y3"]),
         node("Requant", ["t"], ["y4"], **bits, scale_x=32.0, scale_o=16.0, **chip),
+        node("iqMax", ["s", "h"], ["e1"], **pair, scale_o=16.0, **chip),
+        node("iqClamp", ["e1"], ["e2"], scale_x=16.0, scale_o=8.0, min=-2.0, max=3.0, **chip),
+        node("iqPad", ["e2", "edges"], ["e3"], mode="constant"),
+        node("iqVar", ["e3"], ["e4"], scale_x=8.0, scale_o=8.0, dim=1, unbiased=1, **chip),
+        node("iqSum", ["e4"], ["y5"], scale_x=8.0, scale_o=4.0, dims=[-1], **chip),
+        node(
+            "QGRU",
+            ["o", "gi", "gh", "bg", "bg"],
+            ["y6"],
+            **{"input_size": 5, "hidden_size": 4, "batch_first": 0, "go_forward": 0},
+            **{"scale_x": 32.0, "scale_h": 64.0, "scale_iw": 16.0, "scale_hw": 16.0},
+            **{"x_bits": 8, "w_bits": 8, "o_bits": 8, "scale_o": 64.0, **chip},
+        ),
     ]
     constants = {
         **{"w": codes(4, 3, 3, 3), "b": codes(4, dtype=np.int32)},
@@ -79,8 +92,9 @@ def healthy():
         **{"bi": codes(16, dtype=np.int32), "bh": codes(16, dtype=np.int32)},
         **{"more": np.array([2, 3, 4]), "edges": np.array([0, 1, 0, 0, 0, 2])},
         **{"starts": np.array([0, 1]), "ends": np.array([1, 3])},
+        **{"gi": codes(12, 5), "gh": codes(12, 4), "bg": codes(12, dtype=np.int32)},
     }
-    outputs = ["y2", "y3", "y4"]
+    outputs = ["y2", "y3", "y4", "y5", "y6"]
     return model_of(nodes, "xi", outputs, constants, i=onnx.TensorProto.INT64)
 
 
