@@ -652,6 +652,8 @@ def test_compiled_steps_equal_the_others(kind, options, platform, steps):
         assert len(steps) == (1 if free else 2)
         with linger.integer(twin):
             assert equal(found, twin(x))
+        with torch.inference_mode(), linger.integer(model):  # as in a Trainer's validation
+            assert equal(found, model(x))
         # The switch wins over the configuration, and nothing else is compiled.
         with linger.integer(model), linger.fused_rnn(False):
             assert equal(found, model(x))
