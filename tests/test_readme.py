@@ -1,6 +1,7 @@
 """Every Python block in the README and the documentation runs as printed, page by page."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_linger as linger
+from lightning_linger.core.registry import all_ops, unregister
+from lightning_linger.export.extension import unregister_export
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -62,8 +65,14 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, and forget the ops that a page has registered."""
     monkeypatch.chdir(tmp_path)
+    before = {op.kind for op in all_ops()}
+    yield
+    for kind in {op.kind for op in all_ops()} - before:
+        unregister(kind)
+        unregister_export(kind)
 
 
 @pytest.mark.filterwarnings("ignore")

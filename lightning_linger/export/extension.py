@@ -8,7 +8,7 @@ from onnx.defs import OpSchema
 
 from lightning_linger.export.dialect import Translation
 from lightning_linger.export.linger import LINGER
-from lightning_linger.export.qdq import QDQ, add_write
+from lightning_linger.export.qdq import QDQ, add_write, drop_write
 from lightning_linger.export.qdq.writer import Write
 from lightning_linger.export.runner.interpreter import KERNELS
 from lightning_linger.export.runner.step import Kernel
@@ -50,3 +50,16 @@ def register_export(
     if qdq is not None:
         add_write(integer_op, qdq)
     KERNELS.update(kernels or {})
+
+
+def unregister_export(integer_op: str, op_types: Sequence[str] = ()) -> None:
+    """Forget how an integer op is written, e.g. at the end of a test.
+
+    Args:
+        integer_op: As it was registered.
+        op_types: Nodes whose runner kernels came with it.
+    """
+    LINGER.table.pop(integer_op, None)
+    drop_write(integer_op)
+    for op_type in op_types:
+        KERNELS.pop(op_type, None)

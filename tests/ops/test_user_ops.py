@@ -15,10 +15,9 @@ from lightning_linger.core.functions import CANONICAL
 from lightning_linger.core.registry import supported_kinds
 from lightning_linger.export import register_export
 from lightning_linger.export.dialect import Builder, Call
-from lightning_linger.export.dialects import DIALECTS
+from lightning_linger.export.extension import unregister_export
 from lightning_linger.export.linger.attributes import common_attributes
 from lightning_linger.export.linger.schema import DOMAIN
-from lightning_linger.export.runner.interpreter import KERNELS
 from lightning_linger.export.runner.step import Step, to_array
 from lightning_linger.ops import (
     KernelOp,
@@ -117,9 +116,7 @@ def op() -> Iterator[None]:
         yield
     finally:
         unregister("leak")
-        for dialect in DIALECTS.values():
-            dialect.table.pop("test_leak", None)
-        KERNELS.pop("QLeak", None)
+        unregister_export("test_leak", op_types=["QLeak"])
 
 
 def network(shift: int = 2) -> nn.Module:

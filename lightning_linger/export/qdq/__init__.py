@@ -147,4 +147,10 @@ def add_write(integer_op: str, write: Write) -> None:
     QDQ.table[integer_op] = _translation(write, Form(UNSIGNED))
 
 
+def drop_write(integer_op: str) -> None:
+    """Take out an op that was added."""
+    WRITES.pop(integer_op, None)
+    QDQ.table.pop(integer_op, None)
+
+
 QDQ = qdq_dialect()
