@@ -92,6 +92,10 @@ class Op:
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
+    def __deepcopy__(self, memo: Any) -> Op:
+        """Return itself: an op has no state, and copies of a model have the same ops."""
+        return self
+
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Say whether a call works on activations; others are neither counted nor quantized."""
         return takes_activations(args, kwargs)

@@ -183,9 +183,7 @@ def run_kernel(
         seen = result.detach()
         output.observe(seen if observe is None else observe(seen), cap)
     usable = output.step(finest)
-    if rounds or not (
-        isinstance(usable, float) and output.rounds and all(map(_has_readable_step, operands))
-    ):
+    if rounds or not (isinstance(usable, float) and all(map(_has_readable_step, operands))):
         result = real(*operands) if result is None else result
         return output.round(result, usable, dtype)
     target = Target.of(output, usable)

@@ -1,5 +1,6 @@
 """Sites: every spelling of a call has one name, and the name stays what it was."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -588,3 +589,16 @@ def test_attributes_of_integers_look_like_floats_to_the_model() -> None:
     assert_integer_exact(model, x)
     assert seen[0] == seen[2]
     assert seen[1] == seen[3]
+
+
+def test_a_prepared_model_is_copied_with_its_ranges() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1))
+    x = torch.randn(5, 4)
+    linger.prepare(model, (x,))
+    linger.quantize(model)
+    model(x)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        model[0].weight.zero_()
+        assert torch.equal(twin.eval()(x), expected)

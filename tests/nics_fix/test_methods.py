@@ -174,6 +174,31 @@ def on_grid_all(model: nn.Module, x: Tensor) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.parametrize("reader", [nn.Softmax(-1), nn.Tanh()], ids=["softmax", "tanh"])
+def test_row17_what_stays_float_keeps_its_range_and_is_read_as_it_is(reader: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(6, 4), copy.deepcopy(reader))
+    x = torch.randn(5, 6)
+    linger.prepare(model, (x,))
+    linger.quantize(model, linger.preset("nics_fix", bitwidth=3, output_bits=3))
+    model(x)
+    before = scales(model)
+    set_fix_method(model, FIX_NONE, by_name={"net.1": {"activation": FIX_AUTO}})
+    model(x * 9)
+    assert scales(model) == before
+    model.eval()
+    with torch.no_grad():
+        found = model(x)
+        layer = model.net[0]
+        real = reader(nn.functional.linear(x, layer.weight, layer.bias))
+    step = 0.25
+    expected = fake_quantize(real, step, -4, 3, "half_up")
+    assert torch.equal(found, expected)
+    set_fix_method(model, FIX_AUTO)
+    with torch.no_grad():
+        assert not torch.equal(model(x), expected)
+
+
 def test_integers_need_every_item_on_its_grid() -> None:
     model, x = network()
     set_fix_method(model, FIX_FIXED, by_name={"net.4": {"weight": FIX_NONE}})

@@ -295,6 +295,20 @@ def test_row78_what_is_observed_is_what_quantization_rounds() -> None:
     assert site_of(model, "net.0/linear/0").inputs["0"].estimator.absmax() == x.abs().max()
 
 
+def test_row78_a_checkpoint_goes_on_observing() -> None:
+    def build() -> Chain:
+        model = Chain(nn.Linear(4, 3))
+        linger.prepare(model, (torch.randn(5, 4),))
+        return plan_quantize(model, QuantConfig())
+
+    model, other = build(), build()
+    switch_watch(model, on=True)
+    other.load_state_dict(model.state_dict())
+    other(torch.randn(5, 4))
+    assert site_of(other, "net.0/linear/0").output.known
+    assert not instrumentation_of(other).switches.quantize
+
+
 def test_row78_learned_ranges_do_not_start_before() -> None:
     model = Chain(nn.Linear(4, 6), nn.Linear(6, 3))
     x = torch.randn(16, 4)
