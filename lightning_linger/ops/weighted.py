@@ -150,7 +150,7 @@ class WeightedOp(Op):
 
     def run_float(self, site: Site, call: Any) -> Tensor:
         """Run folded and limited, not quantized."""
-        call = _with_image(site, call)
+        call = with_image(site, call)
         if site.active_fold is None:
             return self._run(site, call, call.input, None, call.input.dtype)
         with without_autocast(call.input.device.type):
@@ -158,7 +158,7 @@ class WeightedOp(Op):
 
     def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
-        call = _with_image(site, call)
+        call = with_image(site, call)
         with without_autocast(call.input.device.type):
             if site.gives_real_results and not site.training and self._has_integers(site):
                 return self._evaluate_integers(site, call)
@@ -173,7 +173,7 @@ class WeightedOp(Op):
 
     def run_integer(self, site: Site, call: Any) -> Any:
         """Run on the integers."""
-        call = _with_image(site, call)
+        call = with_image(site, call)
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
@@ -509,7 +509,7 @@ class IntegerResult:
     tag: Tag | None
 
 
-def _with_image(site: Site, call: Any) -> Any:
+def with_image(site: Site, call: Any) -> Any:
     """Return a call with a raw image normalized."""
     if not is_raw(call.input):
         return call

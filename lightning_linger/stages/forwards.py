@@ -19,7 +19,7 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.weighted import Parameters, WeightedOp
+from lightning_linger.ops.weighted import Parameters, WeightedOp, with_image
 from lightning_linger.stages.calibrate import run_batch
 from lightning_linger.stages.prepare import check_example
 
@@ -189,13 +189,14 @@ def result_of(site: Site, call: Any, x: Tensor, parameters: Parameters) -> Tenso
 
 def float_result(site: Site, call: Any) -> Tensor:
     """Return what a layer gives, folded and limited, before anything is rounded."""
+    call = with_image(site, call)
     parameters = layer_op(site).parameters_in_use(site, call, None)
     return result_of(site, call, full(call.input), parameters)
 
 
 def quantized_input(site: Site, call: Any) -> tuple[Tensor, Scalar] | None:
     """Return the input of a layer on its grid, and its step; None if it is not quantized."""
-    x = site.operand(0, call.input)
+    x = site.operand(0, with_image(site, call).input)
     tag = None if x is None else tag_of(x)
     return None if x is None or tag is None else (full(x), tag.step)
 

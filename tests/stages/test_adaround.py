@@ -32,9 +32,9 @@ def smooth(*shape: int) -> Tensor:
     return nn.functional.interpolate(low, shape[-2:], mode="bilinear")
 
 
-def net() -> nn.Module:
+def net(channels: int = 2) -> nn.Module:
     return Chain(
-        *(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(channels, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
         *(nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.ReLU()),
         *(nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
         *(nn.Flatten(), nn.Linear(16, 5)),
@@ -261,6 +261,23 @@ def test_training_goes_on_with_the_steps_that_were_learned_for() -> None:
     model.eval()
     assert steps_of(model) == {} or steps_of(model) == steps
     assert all(torch.equal(codes_of(model, x)[k], v) for k, v in codes.items() if "net.0" not in k)
+
+
+@pytest.mark.parametrize("algorithm", ["adaround", "correct_bias", "reestimate_bn"])
+def test_raw_images_are_as_good_as_normalized_ones(algorithm: str) -> None:
+    raw = (smooth(24, 3, 7, 7) * 255).to(torch.uint8)
+    firstconv = linger.FirstConv([0.4, 0.5, 0.6], [0.2, 0.3, 0.2])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (firstconv.mean, firstconv.std))
+    x = (raw.float() / 255 - mean) / std
+    model = ready(x, net(channels=3))
+    twin = copy.deepcopy(model)
+    linger.take_raw_images(model, firstconv)
+    arguments = [QUICK] if algorithm == "adaround" else []
+    getattr(linger, algorithm)(model, [raw], *arguments)
+    getattr(linger, algorithm)(twin, [x], *arguments)
+    found = float_state(twin)
+    assert all(torch.allclose(v, found[k], atol=1e-5) for k, v in float_state(model).items())
+    assert_integer_exact(model, raw)
 
 
 def test_what_is_left_alone_says_why() -> None:
