@@ -28,7 +28,7 @@ from lightning_linger.callbacks import DistillationCallback, FuseBNCallback, Qua
 
 PLATFORM = "venusa"
 WIDTHS = (2, 3, 4, 6, 8)
-UNIFORM = (2, 3)  # the budgets: what a model with this width for all weights takes
+UNIFORM = (3,)  # the budgets: what a model with this width for all weights takes
 METHODS = ("calibrated", "trained", "distilled")
 
 Accuracies = dict[str, float]
@@ -100,7 +100,7 @@ def one_seed(seed: int, data: TensorData, epochs: int, out: Path) -> dict[str, A
     linger.fuse_bn(measured)
     rows = linger.sensitivity(measured, data.train.tensors[0][:512].split(256), bits=WIDTHS)
     rows.save(out / f"sensitivity.{seed}.csv")
-    weights = sum(row.weights for row in linger.resources(measured, PLATFORM))
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     for bits in UNIFORM:
         overrides = linger.choose_bits(measured, rows, weights * bits / 8, platform=PLATFORM)
         (out / f"mixed.{bits}.{seed}.json").write_text(json.dumps(overrides, indent=1))
@@ -138,7 +138,7 @@ def main(out: Path, epochs: int, seeds: int) -> dict[str, Accuracies]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/mixed_precision"))
-    parser.add_argument("--epochs", type=int, default=8, help="in float, and of each further run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6, help="in float, and of each further run")
+    parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     main(arguments.out, arguments.epochs, arguments.seeds)

@@ -168,7 +168,7 @@ def test_row33_row49_a_model_is_calibrated_saved_and_run(
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_precision_keeps_its_budget(examples: Examples, tmp_path: Path) -> None:
     results = examples.mixed_precision.main(tmp_path, epochs=2, seeds=1)
-    assert list(results) == ["float", "2 bits", "mixed, as 2 bits", "3 bits", "mixed, as 3 bits"]
+    assert list(results) == ["float", "3 bits", "mixed, as 3 bits"]
     for name, methods in results.items():
         assert all(0.0 < accuracy <= 1.0 for accuracy in methods.values()), name
     data = examples.digits.digits_data()
@@ -178,11 +178,11 @@ def test_mixed_precision_keeps_its_budget(examples: Examples, tmp_path: Path) ->
     sizes = {
         path: module.weight.numel() for path, module in model.named_modules() if path in LAYERS
     }
-    for bits in (2, 3):
-        overrides = json.loads((tmp_path / f"mixed.{bits}.0.json").read_text())
-        assert set(overrides) == set(sizes)
-        spent = sum(sizes[layer] * fields["weight_bits"] for layer, fields in overrides.items())
-        assert spent <= sum(sizes.values()) * bits
+    overrides = json.loads((tmp_path / "mixed.3.0.json").read_text())
+    assert set(overrides) == set(sizes)
+    spent = sum(sizes[layer] * fields["weight_bits"] for layer, fields in overrides.items())
+    assert spent <= sum(sizes.values()) * 3
+    assert len({fields["weight_bits"] for fields in overrides.values()}) > 1
 
 
 def cifar_folder(folder: Path, images: int) -> np.ndarray:

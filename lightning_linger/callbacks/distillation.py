@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.strategies import shards
 from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of, is_prepared
@@ -96,6 +97,12 @@ class DistillationCallback(Callback):
         """Refuse a run in which there would be nothing to distill, or too late."""
         if stage != "fit":
             return
+        if shards(trainer):
+            msg = (
+                "DistillationCallback is not supported by ModelParallelStrategy: the teacher's "
+                "weights would have to be gathered for every step. HINT: use `strategy='ddp'`."
+            )
+            raise misconfiguration(msg)
         before = trainer.callbacks[: trainer.callbacks.index(self)]
         found = [callback for callback in before if isinstance(callback, QuantizeCallback)]
         if not found or isinstance(found[0], CalibrateCallback):

@@ -69,6 +69,8 @@ class SensitivityCallback(Callback):
         overrides: The latest choice.
     """
 
+    needs_whole_parameters = True
+
     def __init__(
         self,
         at_epoch: int | None = None,

@@ -84,7 +84,7 @@ def change_model_bits(
                 for name, bits in fields.items()
                 if getattr(planned, name) == own[name] and _has_codes(name, planned)
             }
-            widths[site.key] = dataclasses.replace(planned, **wanted)
+            widths[site.key] = dataclasses.replace(widths_of(site), **wanted)
     _apply(model, instrumentation, widths)
     return model
 

@@ -122,6 +122,8 @@ def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path
 
     assert len(first["narrowing"]["digests"]) == 3 * distributed_run.BATCHES
     assert all(row["drop"] > 0 for row in first["narrowing"]["rows"] if row["bits"] == 2)
+    weights = {bits.partition("/")[0] for bits in first["narrowing"]["bits"]} - {"", "-"}
+    assert weights - {"8"}, "chosen widths stay when others change"
     assert any(bits.endswith("/6/6") for bits in first["narrowing"]["bits"])
 
     assert first["without data"]["max_lsb"] == 1

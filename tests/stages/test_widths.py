@@ -110,6 +110,16 @@ def test_a_layer_keeps_what_an_override_gives_it() -> None:
 
 
 @torch.no_grad()
+def test_widths_that_are_not_named_stay() -> None:
+    model, _ = quantized("resnet", QuantConfig())
+    change_bits(model, {"stem": {"weight_bits": 3}})
+    change_model_bits(model, {"output_bits": 6})
+    rows = {row.site: row.bits for row in linger.summary(model)}
+    assert rows["stem/conv2d/0"] == "3/8/6"
+    assert rows["fc/linear/0"] == "8/8/6"
+
+
+@torch.no_grad()
 def test_layers_are_chosen_by_pattern_and_type() -> None:
     model, x = quantized("resnet", QuantConfig())
     change_bits(
