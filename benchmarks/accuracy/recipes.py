@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import lightning_linger as linger
 from benchmarks.accuracy.tasks import Task
 
 Flow = Literal["float", "PTQ", "QAT", "peer"]
@@ -15,18 +17,19 @@ BITS = (8, 6, 4, 3, 2)
 # The input, the weights of the first and last layer, and the logits, as in LSQ's tables.
 OUTER_BITS = 8
 
+
+def changed_fields(config: linger.QuantConfig) -> Fields:
+    """Return the platform and what else of a configuration is not as by default."""
+    fields, default = dataclasses.asdict(config), dataclasses.asdict(linger.QuantConfig())
+    changed = {name: value for name, value in fields.items() if value != default[name]}
+    return {"platform": config.platform, **changed}
+
+
 SCHEMES: dict[str, Fields] = {
-    "linger": {"platform": "venusa"},
-    "onnxruntime": {"platform": "onnxruntime"},
-    "tflite": {"platform": "tflite"},
-    "nics_fix": {
-        "platform": "venusa",
-        "rounding": "stochastic",
-        "gradient_bits": 16,
-        "ahead_conv_relu": False,
-        "ahead_bn_relu": False,
-        "ahead_linear_relu": False,
-    },
+    "linger": changed_fields(linger.preset("linger")),
+    "onnxruntime": changed_fields(linger.QuantConfig(platform="onnxruntime")),
+    "tflite": changed_fields(linger.preset("tflite")),
+    "nics_fix": changed_fields(linger.preset("nics_fix", stochastic=True, gradient_bits=16)),
 }
 
 # Ranges of activations and of weights.
@@ -42,6 +45,7 @@ METHODS: dict[Flow, dict[str, Fields]] = {
     },
     "QAT": {
         "absmax": {"range": "ema_absmax", "weight_range": "absmax"},
+        "last_absmax": {"range": "last_absmax", "weight_range": "absmax"},
         "99.9%": {"range": "ema_99.9%", "weight_range": "99.9%"},
         "mse": {"range": "ema_mse", "weight_range": "mse"},
         "pact": {"range": "pact", "weight_range": "mse"},
@@ -153,7 +157,7 @@ PLAN: tuple[Step, ...] = (
     Step(("kws",), _all(BOTH, "QAT", ("lsq",), MAIN_BITS)),
     Step(("sequence",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("digits",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
-    Step(("digits",), _all(("nics_fix",), "QAT", ("absmax",))),
+    Step(("digits",), _all(("nics_fix",), "QAT", ("last_absmax",))),
     Step(("digits",), _all(BOTH, "QAT", ("tqt",))),
     Step(
         ("digits", "sequence"),
