@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy.page import MARK, PAGE, TABLES, page
-from benchmarks.accuracy.recipes import BITS, FLOAT, PLAN, ours
+from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Score
@@ -105,6 +105,23 @@ def test_a_library_that_is_not_there_is_left_out_aloud(
     run(tmp_path, "--task", "digits", "--only", "brevitas")
     assert "brevitas is left out: No module named 'brevitas'" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PEERS)
+def test_another_library_trains_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.setitem(
+        TASKS, "digits", dataclasses.replace(TASKS["digits"], epochs=4, tuning_epochs=1)
+    )
+    run(tmp_path, "--task", "digits", "--seeds", "1", "--only", peer(name, 8).name, "float float")
+    results = Results(tmp_path / "results")
+    theirs, reference = (results.accuracies("digits", r)[0] for r in (peer(name, 8), FLOAT))
+    assert reference > 80
+    assert abs(theirs - reference) < 10
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

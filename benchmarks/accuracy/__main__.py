@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accuracy.figure import FIGURE, draw
 from benchmarks.accuracy.networks import Networks
-from benchmarks.accuracy.page import FIGURE, PAGE, draw, page
+from benchmarks.accuracy.page import PAGE, page
 from benchmarks.accuracy.peers import PEER_RUNS, why_missing
 from benchmarks.accuracy.quantized import calibrate, train_quantized
 from benchmarks.accuracy.recipes import PEERS, PLAN, Recipe
@@ -74,6 +75,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what has no result yet, then write the page."""
     options = parse_arguments(arguments)
+    text = options.page.read_text()
     torch.set_num_threads(1)
     quiet()
     results, networks = Results(options.results), Networks(options.networks)
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.put(task, seed, recipe, found)
         accuracy = f"{100 * found.correct / found.count:.2f} %"
         print(f"{task.name}, seed {seed}: {recipe.name}: {accuracy}, {seconds:.0f} s", flush=True)
-    options.page.write_text(page(options.page.read_text(), results))
+    options.page.write_text(page(text, results))
     draw(results, options.figure)
 
 

@@ -1,4 +1,4 @@
-"""The results as tables of docs/accuracy.md and as a figure."""
+"""The results as tables of docs/accuracy.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from benchmarks.accuracy.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "accuracy.md"
-FIGURE = DOCS / "images" / "accuracy.png"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What stands next to other libraries; the last has asymmetric activations as they do.
@@ -42,17 +41,12 @@ def planned(task: str) -> list[Recipe]:
     return sorted(inner, key=lambda r: (flows.index(r.flow), schemes.index(r.scheme), r.method))
 
 
-def cell(summary: Summary | None, seeds: int | None = None) -> str:
+def cell(summary: Summary | None, seeds: int, sign: str = "") -> str:
     """Return ``mean ± deviation``, and of how many seeds where some are missing."""
     if summary is None:
         return ""
-    text = f"{summary.mean:.2f} ± {summary.deviation:.2f}"
-    return text if seeds in (None, summary.seeds) else f"{text} ({summary.seeds} of {seeds} seeds)"
-
-
-def signed(summary: Summary | None) -> str:
-    """Return a difference with its sign."""
-    return "" if summary is None else f"{summary.mean:+.2f} ± {summary.deviation:.2f}"
+    text = f"{summary.mean:{sign}.2f} ± {summary.deviation:.2f}"
+    return text if summary.seeds == seeds else f"{text} ({summary.seeds} of {seeds} seeds)"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -76,7 +70,7 @@ def accuracies(results: Results) -> str:
             continue
         rows = by_method(results, name, reference.seeds)
         title = f"### {task.title[0].upper()}{task.title[1:]}"
-        parts += [title, f"Float: {cell(reference)} %, {reference.seeds} seeds."]
+        parts += [title, f"Float: {cell(reference, reference.seeds)} %, {reference.seeds} seeds."]
         parts.append(table(("", "scheme", "ranges", *(f"{bits} bits" for bits in BITS)), rows))
     return "\n\n".join(parts)
 
@@ -106,25 +100,27 @@ def targets(results: Results) -> str:
                 difference = behind(results.accuracies(name, recipe), reference)
                 if difference is not None:
                     verdict = "met" if difference.mean >= -margin else "missed"
-                    what = (recipe.scheme, recipe.method, f"{bits}", signed(difference))
-                    rows.append((task.title, *what, f"{-margin:+.1f}", verdict))
+                    what = (task.title, recipe.scheme, recipe.method, str(bits))
+                    found = cell(difference, len(reference), "+")
+                    rows.append((*what, found, f"{-margin:+.1f}", verdict))
     head = ("task", "scheme", "ranges", "bits", "QAT - float", "target", "")
     return table(head, rows)
 
 
 def peers(results: Results) -> str:
     """Return how this library compares with others, seed by seed, on the digits CNN."""
+    seeds = len(results.accuracies("digits", FLOAT))
     rows = []
     for bits in BITS:
-        by_scheme = {
-            scheme: results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits))
+        own = [
+            results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits))
             for scheme in COMPARED
-        }
-        others = {name: results.accuracies("digits", peer(name, bits)) for name in PEERS}
-        differences = [signed(behind(by_scheme[COMPARED[-1]], found)) for found in others.values()]
-        found = [*by_scheme.values(), *others.values()]
-        means = [cell(Summary.of(values.values())) if values else "" for values in found]
-        rows.append((str(bits), *means, *differences))
+        ]
+        others = [results.accuracies("digits", peer(name, bits)) for name in PEERS]
+        means = [Summary.of(found.values()) if found else None for found in (*own, *others)]
+        differences = [behind(own[-1], found) for found in others]
+        cells = [cell(mean, seeds) for mean in means]
+        rows.append((str(bits), *cells, *(cell(found, seeds, "+") for found in differences)))
     schemes = [f"`{scheme}`, {LEARNED[0]}" for scheme in COMPARED]
     return table(
         ("bits", *schemes, *PEERS, *(f"`{COMPARED[-1]}` - {name}" for name in PEERS)), rows
@@ -141,44 +137,3 @@ TABLES: dict[str, Callable[[Results], str]] = {
 def page(text: str, results: Results) -> str:
     """Return the page with its tables as the results are now."""
     return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]](results)}\n\n{found[3]}", text)
-
-
-def draw(results: Results, path: Path) -> None:
-    """Draw accuracy over bits, one panel per task."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), squeeze=False)
-    for axes, (name, task) in zip(panels[0], TASKS.items(), strict=True):
-        reference = summary_of(results, name, FLOAT)
-        if reference is not None:
-            axes.axhline(reference.mean, color="0.5", linestyle=":", label="float")
-        for label, (recipes, style) in _lines(name).items():
-            found = [(recipe.bits, summary_of(results, name, recipe)) for recipe in recipes]
-            points = [(b, s.mean, s.deviation) for b, s in found if s is not None]
-            if points:
-                bits, means, deviations = zip(*points, strict=True)
-                axes.errorbar(bits, means, deviations, label=label, capsize=2, **style)
-        axes.set(title=task.title, xlabel="bits", xticks=sorted(BITS))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7, loc="lower right")
-    panels[0][0].set_ylabel("test accuracy, %")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _lines(task: str) -> dict[str, tuple[list[Recipe], dict[str, str]]]:
-    drawn = {"PTQ": ("mse", "--"), "QAT": ("lsq", "-"), "peer": (None, "-.")}
-    colors = {name: f"C{index}" for index, name in enumerate((*SCHEMES, *PEERS))}
-    lines: dict[str, tuple[list[Recipe], dict[str, str]]] = {}
-    for recipe in planned(task):
-        method, dashes = drawn[recipe.flow]
-        if method in (None, recipe.method) or (recipe.scheme, recipe.flow) == ("nics_fix", "QAT"):
-            label = f"{recipe.scheme}, {'QAT' if recipe.flow == 'peer' else recipe.flow}"
-            style = {"color": colors[recipe.scheme], "linestyle": dashes, "marker": "."}
-            lines.setdefault(label, ([], style))[0].append(recipe)
-    return {label: (sorted(r, key=lambda x: x.bits), s) for label, (r, s) in lines.items()}
