@@ -36,23 +36,24 @@ LINES: tuple[Line, ...] = (
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw accuracy over bits into a PNG file."""
+    """Draw accuracy over bits into a PNG file, with a panel for each task that was run."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), squeeze=False)
-    for axes, (name, task) in zip(panels[0], TASKS.items(), strict=True):
-        reference = summary_of(results, name, FLOAT)
-        if reference is not None:
-            axes.axhline(reference.mean, color="0.5", linestyle=":", label="float")
+    shown = {name: summary_of(results, name, FLOAT) for name in TASKS}
+    shown = {name: found for name, found in shown.items() if found is not None}
+    columns = max(len(shown), 1)
+    figure, panels = plt.subplots(1, columns, figsize=(4 * columns, 3.6), squeeze=False)
+    for axes, (name, reference) in zip(panels[0], shown.items(), strict=False):
+        axes.axhline(reference.mean, color="0.5", linestyle=":", label="float")
         for line in LINES:
             draw_line(axes, results, line, name)
-        axes.set(title=task.title, xlabel="bits", xticks=sorted(BITS))
+        axes.set(title=TASKS[name].title, xlabel="bits", xticks=sorted(BITS))
+        axes.set_xlim(min(BITS) - 0.3, max(BITS) + 0.3)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="lower right")
     panels[0][0].set_ylabel("test accuracy, %")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
