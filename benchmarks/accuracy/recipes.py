@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning_linger as linger
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import TASKS, Task
 
 Flow = Literal["float", "PTQ", "QAT", "peer"]
 Fields = Mapping[str, Any]
@@ -29,6 +29,7 @@ SCHEMES: dict[str, Fields] = {
     "linger": changed_fields(linger.preset("linger")),
     "onnxruntime": changed_fields(linger.QuantConfig(platform="onnxruntime")),
     "tflite": changed_fields(linger.preset("tflite")),
+    "cambricon": changed_fields(linger.preset("cambricon")),
     "nics_fix": changed_fields(linger.preset("nics_fix", stochastic=True, gradient_bits=16)),
 }
 
@@ -37,6 +38,8 @@ METHODS: dict[Flow, dict[str, Fields]] = {
     "PTQ": {
         "absmax": {"range": "absmax", "weight_range": "absmax"},
         "ema_absmax": {"range": "ema_absmax", "weight_range": "absmax"},
+        "minmax": {"range": "minmax", "weight_range": "absmax"},
+        "mean_minmax": {"range": "mean_minmax", "weight_range": "absmax"},
         "three_sigma": {"range": "mean_three_sigma", "weight_range": "three_sigma"},
         "99.9%": {"range": "99.9%", "weight_range": "99.9%"},
         "mse": {"range": "mse", "weight_range": "mse"},
@@ -83,7 +86,9 @@ class Recipe:
 
     def overrides(self, task: Task, prefix: str) -> dict[str, Fields]:
         """Return what the first and last layer differ in."""
-        last: Fields = {"weight_bits": OUTER_BITS, "output_bits": OUTER_BITS}
+        last: Fields = {"weight_bits": OUTER_BITS}
+        if self.fields.get("output_bits") is not None:
+            last = {**last, "output_bits": OUTER_BITS}
         layers = {f"{prefix}{task.last}": last}
         if task.first is not None:
             first: Fields = {"weight_bits": OUTER_BITS, "activation_bits": OUTER_BITS}
@@ -96,7 +101,9 @@ FLOAT = Recipe("float", "float", "", 32)
 
 def ours(scheme: str, flow: Flow, method: str, bits: int) -> Recipe:
     """Return a recipe of this library."""
-    widths = dict.fromkeys(("weight_bits", "activation_bits", "output_bits"), bits)
+    widths: Fields = dict.fromkeys(("weight_bits", "activation_bits", "output_bits"), bits)
+    if SCHEMES[scheme].get("output_bits", bits) is None:
+        widths = {**widths, "output_bits": None}
     fields = {**SCHEMES[scheme], **METHODS[flow][method], **widths}
     if flow == "PTQ":
         # Neither acts without training.
@@ -159,6 +166,7 @@ PLAN: tuple[Step, ...] = (
     Step(("digits",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
     Step(("digits",), _all(("nics_fix",), "QAT", ("last_absmax",))),
     Step(("digits",), _all(BOTH, "QAT", ("tqt",))),
+    Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
     Step(
         ("digits", "sequence"),
         _all(BOTH, "PTQ", ("ema_absmax", "three_sigma", "99.9%", "kl", "l1")),
