@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy.page import MARK, PAGE, TABLES, page
+from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of
 from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
@@ -39,6 +39,14 @@ def test_the_page_is_that_of_the_stored_results() -> None:
     text = PAGE.read_text()
     assert {found[1] for found in MARK.findall(text)} == set(TABLES)
     assert page(text, Results(STORED)) == text, "run `python -m benchmarks.accuracy --render`"
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    results, readme = Results(STORED), (PAGE.parents[1] / "README.md").read_text()
+    for recipe in (FLOAT, *(ours("linger", "QAT", "lsq", bits) for bits in (8, 4))):
+        found = summary_of(results, "digits", recipe)
+        assert found is not None
+        assert f"{found.mean:.2f} ± {found.deviation:.2f} %" in readme
 
 
 def test_what_is_stored_is_of_the_recipes_there_are() -> None:
