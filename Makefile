@@ -10,7 +10,7 @@ PACKER_STAMP := $(PACKER_VENV)/.installed
 PYTESTARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak test-matrix test-thinker thinker-env lint bench docs clean
+.PHONY: help demo test test-all soak test-matrix test-thinker thinker-env lint bench accuracy docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -95,6 +95,10 @@ lint: $(STAMP) ## Check style, formatting and types
 
 bench: $(STAMP) ## Measure what quantization-aware training costs, as ratios
 	$(BIN)/python -m benchmarks
+
+# What was run before is kept: an interrupted run goes on, and only changed recipes run again.
+accuracy: $(STAMP) ## Measure what quantization costs in accuracy, over five seeds
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.accuracy
 
 docs: $(DOCS_STAMP) ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -189,6 +189,21 @@ def test_learning_repairs_a_bad_start(kind: str, scale: str) -> None:
     assert errors[-1] < 0.1 * errors[0]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scale", ["power_of_two", "free"])
+def test_lsq_starts_with_the_step_of_least_squares(scale: str, bits: int) -> None:
+    # The paper's start, 2 mean|x| / sqrt(qmax), is five times too coarse at 8 bits.
+    x = torch.randn(2000)
+    grid = Grid(bits, scale)
+    ours = Quantizer("x", grid, "lsq")
+    rounded = ours(x, learn=True).detach()
+    steps = (grid.step(half) for half in torch.linspace(0.05, 1.0, 96) * x.abs().max())
+    errors = [
+        ((x / s).round().clamp(grid.qmin, grid.qmax) * s - x).square().mean().item() for s in steps
+    ]
+    assert (rounded - x).square().mean().item() < 1.03 * min(errors)
+
+
 # --- in a model -------------------------------------------------------------------------------
 
 

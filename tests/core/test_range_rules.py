@@ -151,7 +151,7 @@ def test_sweeps_are_no_worse_than_their_candidates(name: str, scale: str, bits: 
     values = torch.cat([torch.randn(300), torch.tensor([9.0, -11.0])])
     largest = float(values.abs().max())
     candidates = {
-        "mse": [largest / 2**k for k in range(bits)]
+        "mse": [largest / 2**k for k in range(max(bits, 4))]
         if scale == "power_of_two"
         else [largest * k / 64 for k in range(2, 65)],
         "l1": [16.0, 8.0, 4.0],

@@ -63,7 +63,7 @@ class LearnedKind:
 
 
 def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
-    return half / grid.qmax
+    return grid.step(half)
 
 
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
@@ -119,8 +119,8 @@ def _pact_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes
 
 LEARNED: dict[str, LearnedKind] = {
     "lsq": LearnedKind(
-        "ema_lsq_start",
-        "lsq_start",
+        "ema_mse",
+        "mse",
         _lsq_parameter,
         _lsq_step,
         _lsq_slopes,
@@ -129,8 +129,8 @@ LEARNED: dict[str, LearnedKind] = {
         normalized=True,
     ),
     "tqt": LearnedKind(
-        "ema_absmax",
-        "three_sigma",
+        "ema_mse",
+        "mse",
         _tqt_parameter,
         _tqt_step,
         _tqt_slopes,

@@ -22,6 +22,8 @@ Measure = Callable[[Tensor, Tensor | None, Grid], Tensor]
 
 # A free scale is searched among these fractions of the largest magnitude.
 FREE_RATIOS = tuple((64 - k) / 64 for k in range(63))
+# A power-of-two scale among so many halves of it at least: two bits clip most of the magnitudes.
+FEWEST_HALVINGS = 4
 W_LIKE_STEPS = tuple(2.0**exponent for exponent in range(-10, 10))
 
 
@@ -92,7 +94,7 @@ def least_squares(values: Tensor, counts: Tensor | None, grid: Grid) -> Tensor:
     """Return the half-range of the least squared error: among powers of two, or 63 fractions."""
     largest = absmax(values, counts, grid)
     if grid.scale_kind == "power_of_two":
-        ratios: Iterable[float] = (2.0**-k for k in range(grid.bits))
+        ratios: Iterable[float] = (2.0**-k for k in range(max(grid.bits, FEWEST_HALVINGS)))
     else:
         ratios = FREE_RATIOS
     return _sweep(values, counts, grid, [largest * ratio for ratio in ratios], 2)

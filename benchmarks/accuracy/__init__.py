@@ -1,0 +1,1 @@
+"""Accuracy of quantized models on the repository's own data, over several seeds."""

@@ -1,0 +1,139 @@
+"""The results as tables of docs/accuracy.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.recipes import (
+    BITS,
+    FLOAT,
+    LEARNED,
+    PEERS,
+    PLAN,
+    SCHEMES,
+    Recipe,
+    ours,
+    peer,
+)
+from benchmarks.accuracy.results import Results, Summary, behind
+from benchmarks.accuracy.tasks import TASKS
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "accuracy.md"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# What stands next to other libraries; the last has asymmetric activations as they do.
+COMPARED = ("linger", "onnxruntime", "tflite")
+# Bits, which methods count, and how far behind float they may be, in points.
+TARGETS: tuple[tuple[int, tuple[str, ...], float], ...] = (
+    (8, ("absmax", *LEARNED), 0.1),
+    (4, LEARNED, 1.0),
+)
+
+
+def planned(task: str) -> list[Recipe]:
+    """Return the recipes of a task in the order of its table: by flow, scheme, method, bits."""
+    found = {recipe.name: recipe for step in PLAN if task in step.tasks for recipe in step.recipes}
+    flows, schemes = ("PTQ", "QAT", "peer"), [*SCHEMES, *PEERS]
+    inner = [recipe for recipe in found.values() if recipe != FLOAT]
+    return sorted(inner, key=lambda r: (flows.index(r.flow), schemes.index(r.scheme), r.method))
+
+
+def cell(summary: Summary | None, seeds: int, sign: str = "") -> str:
+    """Return ``mean ± deviation``, and of how many seeds where some are missing."""
+    if summary is None:
+        return ""
+    text = f"{summary.mean:{sign}.2f} ± {summary.deviation:.2f}"
+    return text if summary.seeds == seeds else f"{text} ({summary.seeds} of {seeds} seeds)"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary_of(results: Results, task: str, recipe: Recipe) -> Summary | None:
+    """Return mean and deviation of a recipe's accuracies."""
+    accuracies = results.accuracies(task, recipe)
+    return Summary.of(accuracies.values()) if accuracies else None
+
+
+def accuracies(results: Results) -> str:
+    """Return one table per task that has results."""
+    parts = []
+    for name, task in TASKS.items():
+        reference = summary_of(results, name, FLOAT)
+        if reference is None:
+            continue
+        rows = by_method(results, name, reference.seeds)
+        title = f"### {task.title[0].upper()}{task.title[1:]}"
+        parts += [title, f"Float: {cell(reference, reference.seeds)} %, {reference.seeds} seeds."]
+        parts.append(table(("", "scheme", "ranges", *(f"{bits} bits" for bits in BITS)), rows))
+    return "\n\n".join(parts)
+
+
+def by_method(results: Results, task: str, seeds: int) -> list[tuple[str, ...]]:
+    """Return the rows of a task's table, those without any result left out."""
+    rows: dict[tuple[str, str, str], dict[int, str]] = {}
+    for recipe in planned(task):
+        found = summary_of(results, task, recipe)
+        if found is not None:
+            flow = "QAT" if recipe.flow == "peer" else recipe.flow
+            rows.setdefault((flow, recipe.scheme, recipe.method), {})[recipe.bits] = cell(
+                found, seeds
+            )
+    return [(*key, *(cells.get(bits, "") for bits in BITS)) for key, cells in rows.items()]
+
+
+def targets(results: Results) -> str:
+    """Return how far behind float each recipe of a target is."""
+    rows = []
+    for name, task in TASKS.items():
+        reference = results.accuracies(name, FLOAT)
+        for recipe in planned(name):
+            for bits, methods, margin in TARGETS:
+                if recipe.flow != "QAT" or recipe.bits != bits or recipe.method not in methods:
+                    continue
+                difference = behind(results.accuracies(name, recipe), reference)
+                if difference is not None:
+                    verdict = "met" if difference.mean >= -margin else "missed"
+                    what = (task.title, recipe.scheme, recipe.method, str(bits))
+                    found = cell(difference, len(reference), "+")
+                    rows.append((*what, found, f"{-margin:+.1f}", verdict))
+    head = ("task", "scheme", "ranges", "bits", "QAT - float", "target", "")
+    return table(head, rows)
+
+
+def peers(results: Results) -> str:
+    """Return how this library compares with others, seed by seed, on the digits CNN."""
+    seeds = len(results.accuracies("digits", FLOAT))
+    rows = []
+    for bits in BITS:
+        own = [
+            results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits))
+            for scheme in COMPARED
+        ]
+        others = [results.accuracies("digits", peer(name, bits)) for name in PEERS]
+        means = [Summary.of(found.values()) if found else None for found in (*own, *others)]
+        differences = [behind(own[-1], found) for found in others]
+        cells = [cell(mean, seeds) for mean in means]
+        rows.append((str(bits), *cells, *(cell(found, seeds, "+") for found in differences)))
+    schemes = [f"`{scheme}`, {LEARNED[0]}" for scheme in COMPARED]
+    return table(
+        ("bits", *schemes, *PEERS, *(f"`{COMPARED[-1]}` - {name}" for name in PEERS)), rows
+    )
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "accuracies": accuracies,
+    "targets": targets,
+    "peers": peers,
+}
+
+
+def page(text: str, results: Results) -> str:
+    """Return the page with its tables as the results are now."""
+    return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]](results)}\n\n{found[3]}", text)

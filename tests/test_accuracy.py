@@ -1,0 +1,144 @@
+"""The accuracy benchmark: its page is that of its results, and a run can be cut short and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of
+from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
+from benchmarks.accuracy.results import STORED, Results, Summary, behind
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.training import Score
+
+TEMPLATE = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES)
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run the command with everything it writes in a folder; return the page."""
+    (folder / "page.md").write_text(TEMPLATE)
+    places = {name: str(folder / name) for name in ("results", "networks", "figure")}
+    places = {**places, "figure": str(folder / "figure.png"), "page": str(folder / "page.md")}
+    command.main([*arguments, *(f"--{name}={place}" for name, place in places.items())])
+    return (folder / "page.md").read_text()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = dataclasses.replace(TASKS["sequence"], epochs=1, tuning_epochs=1)
+    monkeypatch.setitem(TASKS, "sequence", task)
+
+
+def test_the_page_is_that_of_the_stored_results() -> None:
+    text = PAGE.read_text()
+    assert {found[1] for found in MARK.findall(text)} == set(TABLES)
+    assert page(text, Results(STORED)) == text, "run `python -m benchmarks.accuracy --render`"
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    results, readme = Results(STORED), (PAGE.parents[1] / "README.md").read_text()
+    for recipe in (FLOAT, *(ours("linger", "QAT", "lsq", bits) for bits in (8, 4))):
+        found = summary_of(results, "digits", recipe)
+        assert found is not None
+        assert f"{found.mean:.2f} ± {found.deviation:.2f} %" in readme
+
+
+def test_what_is_stored_is_of_the_recipes_there_are() -> None:
+    stored = Results(STORED)
+    planned = [(step, name, r) for step in PLAN for name in step.tasks for r in step.recipes]
+    assert any(stored.accuracies(name, recipe) for _, name, recipe in planned)
+    assert stored.accuracies("digits", FLOAT).keys() == set(range(command.SEEDS))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--task", "sequence", "--seeds", "2", "--only", "float float", "linger PTQ mse 8")
+    text = run(tmp_path, *arguments)
+    results = Results(tmp_path / "results")
+    calibrated = results.accuracies("sequence", ours("linger", "PTQ", "mse", 8))
+    assert results.accuracies("sequence", FLOAT).keys() == calibrated.keys() == {0, 1}
+    assert all(10 < accuracy < 90 for accuracy in calibrated.values())
+    assert f"{Summary.of(calibrated.values()).mean:.2f} ±" in text
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+    def refuse(*arguments: object) -> None:
+        pytest.fail("ran again")
+
+    capsys.readouterr()
+    before = (tmp_path / "results").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "run", refuse)
+        assert run(tmp_path, *arguments) == text
+    assert "seed" not in capsys.readouterr().out
+    (tmp_path / "results").write_text("".join(before.splitlines(keepends=True)[:-1]))
+    assert run(tmp_path, *arguments) == text, "the same seeds give the same results"
+    assert (tmp_path / "results").read_text() == before
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.filterwarnings("ignore")
+def test_training_is_measured_on_integers(tmp_path: Path) -> None:
+    run(tmp_path, "--task", "sequence", "--seeds", "1", "--only", "linger QAT lsq 4")
+    score = Results(tmp_path / "results").get(TASKS["sequence"], 0, ours("linger", "QAT", "lsq", 4))
+    assert score is not None
+    assert score.differing == 0
+    assert score.count == 898
+
+
+def test_a_changed_setting_makes_a_result_stale(tmp_path: Path) -> None:
+    results, task = Results(tmp_path / "results"), TASKS["digits"]
+    learned = ours("linger", "QAT", "lsq", 4)
+    results.put(task, 0, learned, Score(9, 10, 0))
+    assert Results(tmp_path / "results").get(task, 0, learned) == Score(9, 10, 0)
+    assert results.accuracies("digits", learned) == {0: 90.0}
+    longer = dataclasses.replace(task, tuning_epochs=task.tuning_epochs + 1)
+    assert results.get(longer, 0, learned) is None
+    changed = dataclasses.replace(learned, fields={**learned.fields, "weight_range": "absmax"})
+    assert results.get(task, 0, changed) is None
+
+
+def test_a_library_that_is_not_there_is_left_out_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "why_missing", lambda name: f"No module named '{name}'")
+    run(tmp_path, "--task", "digits", "--only", "brevitas")
+    assert "brevitas is left out: No module named 'brevitas'" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PEERS)
+def test_another_library_trains_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.setitem(
+        TASKS, "digits", dataclasses.replace(TASKS["digits"], epochs=4, tuning_epochs=1)
+    )
+    run(tmp_path, "--task", "digits", "--seeds", "1", "--only", peer(name, 8).name, "float float")
+    results = Results(tmp_path / "results")
+    theirs, reference = (results.accuracies("digits", r)[0] for r in (peer(name, 8), FLOAT))
+    assert reference > 80
+    assert abs(theirs - reference) < 10
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    found = behind({0: 90.0, 1: 80.0, 2: 1.0}, {0: 91.0, 1: 80.0})
+    assert found == Summary(-0.5, pytest.approx(0.7071, abs=1e-4), 2)
+    assert behind({}, {0: 1.0}) is None
+
+
+def test_every_recipe_has_a_name_of_its_own() -> None:
+    names = [(name, r.name) for step in PLAN for name in step.tasks for r in step.recipes]
+    assert len(set(names)) == len(names)
+    assert {r.bits for step in PLAN for r in step.recipes} == {*BITS, FLOAT.bits}
