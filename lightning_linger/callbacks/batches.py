@@ -15,7 +15,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_linger.callbacks.discovery import run_step, silent, step_of
+from lightning_linger.callbacks.discovery import (
+    generators_of,
+    run_step,
+    silent,
+    step_of,
+    undisturbed,
+)
 from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of
@@ -49,7 +55,7 @@ def training_calls(trainer: Any, module: nn.Module, count: int) -> list[ModuleCa
         with no_trace(own), silent(own):
             own.eval()
             _seed_all()
-            for batch in _batches(trainer, count):
+            for batch in training_batches(trainer, count):
                 moved = own._apply_batch_transfer_handler(
                     batch, device=own.device, dataloader_idx=0
                 )
@@ -70,13 +76,18 @@ def _seed_all() -> None:
     np.random.seed(_SEED)
 
 
-def _batches(trainer: Any, count: int) -> Iterator[Any]:
-    """Read batches as the training loop does, with iterators and workers of their own."""
+def training_batches(trainer: Any, count: int) -> Iterator[Any]:
+    """Read batches as the training loop does, with iterators and workers of their own.
+
+    What shuffles by a generator of its own gives the same batches each time.
+    """
     combined = trainer.fit_loop._combined_loader
     loaders = tree_leaves(combined.iterables)
     with contextlib.ExitStack() as stack:
         for loader in loaders:
-            stack.enter_context(_undisturbed(loader))
+            stack.enter_context(undisturbed(loader))
+            for generator in generators_of(loader):
+                generator.manual_seed(_SEED)
         twins = type(combined)(tree_map(_twin, combined.iterables), combined._mode)
         for batch, _, _ in itertools.islice(iter(twins), count):
             yield batch
@@ -89,24 +100,3 @@ def _twin(loader: Any) -> Any:
     twin = copy.copy(loader)
     twin._iterator = None
     return twin
-
-
-@contextlib.contextmanager
-def _undisturbed(loader: Any) -> Iterator[None]:
-    """Put a loader that can resume, and generators of its own, back to where they were."""
-    resumable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    before = copy.deepcopy(loader.state_dict()) if resumable else None
-    sampler = getattr(loader, "sampler", None)
-    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    found = (getattr(part, "generator", None) for part in (loader, sampler, inner))
-    generators = [g for g in found if isinstance(g, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(_SEED)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        if resumable:
-            loader.load_state_dict(before)

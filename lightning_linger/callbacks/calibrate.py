@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_linger.callbacks._compat import misconfiguration
+from lightning_linger.callbacks.batches import training_batches
 from lightning_linger.callbacks.discovery import run_step, silent, step_of
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.schedule import NEVER
@@ -128,7 +128,7 @@ class CalibrateCallback(QuantizeCallback):
         self.switch(pl_module, on=True)
         step = step_of(pl_module, "fit")
         with silent(pl_module), learning_ranges(pl_module):
-            for batch in itertools.islice(iter(trainer.train_dataloader), self.batches):
+            for batch in training_batches(trainer, self.batches):
                 moved = pl_module._apply_batch_transfer_handler(
                     batch, device=pl_module.device, dataloader_idx=0
                 )

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
@@ -74,8 +75,11 @@ def _first_batch(trainer: Any, module: Any, stage: str) -> Any:
 
 def _peek(loader: Any) -> Any:
     """Read the first batch of a loader that will be read again from its start."""
-    resumable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    before = copy.deepcopy(loader.state_dict()) if resumable else None
+    with undisturbed(loader):
+        return _first(loader)
+
+
+def _first(loader: Any) -> Any:
     iterator = iter(loader)
     if iterator is loader:
         msg = (
@@ -88,9 +92,29 @@ def _peek(loader: Any) -> Any:
     except StopIteration:
         msg = "The data loader gave no batch to find the sites with. " + _HINT
         raise misconfiguration(msg) from None
+
+
+@contextlib.contextmanager
+def undisturbed(loader: Any) -> Iterator[None]:
+    """Put a loader that can resume, and generators of its own, back to where they were."""
+    resumable = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    before = copy.deepcopy(loader.state_dict()) if resumable else None
+    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    try:
+        yield
     finally:
+        for generator, state in states:
+            generator.set_state(state)
         if resumable:
             loader.load_state_dict(before)
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the random generators that a loader and its samplers have for themselves."""
+    sampler = getattr(loader, "sampler", None)
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    found = {id(part): getattr(part, "generator", None) for part in (loader, sampler, inner)}
+    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
 
 
 def _loaders(trainer: Any, stage: str) -> Any:

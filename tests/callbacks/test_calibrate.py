@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_linger as linger
@@ -22,7 +23,7 @@ from tests.callbacks.boring import Classifier, fitted, loader, trainer
 from tests.callbacks.test_entry_points import Manual, assert_integer_exact
 
 
-def own(model: Any) -> dict[str, torch.Tensor]:
+def own(model: Any) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if not k.startswith("_linger.")}
 
 
@@ -116,3 +117,33 @@ def test_the_range_is_the_presets_unless_it_is_given() -> None:
     assert CalibrateCallback(preset="cambricon").config.range == "minmax"
     with pytest.raises(linger.ConfigError, match=r"in the place of \['range'\]"):
         CalibrateCallback(preset="cambricon", range="mse")
+
+
+class TwoLoaders(Classifier):
+    """Reads two loaders side by side."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return super().training_step(batch["first"], batch_idx)
+
+
+def test_a_collection_of_loaders_is_read_as_in_training(tmp_path: Path) -> None:
+    both = {"first": loader(), "second": loader()}
+    pl.seed_everything(0, verbose=False)
+    module = TwoLoaders()
+    trainer(tmp_path, [CalibrateCallback(batches=2)], 1).fit(module, both)
+    assert all(site.output.known for site in instrumentation_of(module).sites if site.output)
+
+
+def test_a_loader_with_a_generator_of_its_own_shuffles_as_without_callbacks(
+    tmp_path: Path,
+) -> None:
+    found = []
+    for callbacks in ([], [CalibrateCallback(batches=2)]):
+        pl.seed_everything(0, verbose=False)
+        module = Classifier()
+        dataset = loader().dataset
+        shuffled = DataLoader(dataset, 8, shuffle=True, generator=torch.Generator().manual_seed(11))
+        trainer(tmp_path, callbacks, 2).fit(module, shuffled)
+        found.append(dict(module.named_parameters()))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name

@@ -35,7 +35,7 @@ def gradient(node: GradientQuantizer, upstream: list[float]) -> list[float]:
         (2, [0.52, -0.27, 0.0], [0.5, -0.5, 0.0], 1.0),
         (2, [0.5, -0.27, 0.0], [0.5, -0.25, 0.0], 0.5),
     ],
-    ids=["nics18-activation", "nics18-parameter", "nics18-power-of-two"],
+    ids=["row18-activation", "row18-parameter", "row18-power-of-two"],
 )
 def test_vectors(
     bits: int, upstream: list[float], expected: list[float], half_range: float
@@ -101,7 +101,7 @@ def prepared(config: QuantConfig, *layers: nn.Module) -> tuple[Chain, Tensor]:
     return model, x
 
 
-def test_nics19_the_mask_of_clipped_weights_acts_on_the_rounded_gradient() -> None:
+def test_row19_the_mask_of_clipped_weights_acts_on_the_rounded_gradient() -> None:
     model, _ = prepared(
         QuantConfig(weight_range=1.0, gradient_bits=2, output_bits=None), nn.Linear(5, 1)
     )
@@ -119,7 +119,7 @@ def test_nics19_the_mask_of_clipped_weights_acts_on_the_rounded_gradient() -> No
     assert model.net[0].weight.grad.tolist() == [[0.5, 0.0, 1.0, 0.0, 1.0]]
 
 
-def test_nics19_the_layer_before_receives_a_rounded_gradient() -> None:
+def test_row19_the_layer_before_receives_a_rounded_gradient() -> None:
     seen: list[Tensor] = []
     model, x = prepared(QuantConfig(gradient_bits=3), nn.Linear(5, 4), nn.Linear(4, 3))
     model.net[1].register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(grad_in[0]))
@@ -139,7 +139,7 @@ def test_nics19_the_layer_before_receives_a_rounded_gradient() -> None:
     assert torch.equal(rounded / step, torch.round(rounded / step))
 
 
-def test_nics18_weights_biases_and_activations_have_their_own_range() -> None:
+def test_row18_weights_biases_and_activations_have_their_own_range() -> None:
     model, x = prepared(QuantConfig(gradient_bits=4), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     model(x)
     model.zero_grad()

@@ -91,7 +91,7 @@ def test_unknown_names(field: str, found: str) -> None:
 
 
 @given(bits=st.integers(2, 24), absmax=ABSMAX)
-def test_nics12_a_strict_step_is_the_smallest_that_keeps_the_end(bits: int, absmax: float) -> None:
+def test_row12_a_strict_step_is_the_smallest_that_keeps_the_end(bits: int, absmax: float) -> None:
     grid = Grid(bits, strict=True, exponents=(-100, 100))
     step = grid.step(torch.tensor(absmax)).item()
     assert step == grid.step_value(absmax)
@@ -100,13 +100,13 @@ def test_nics12_a_strict_step_is_the_smallest_that_keeps_the_end(bits: int, absm
 
 
 @pytest.mark.parametrize("bits", [2, 8, 16])
-def test_nics12_both_conventions_at_a_power_of_two(bits: int) -> None:
+def test_row12_both_conventions_at_a_power_of_two(bits: int) -> None:
     assert Grid(bits).step_value(1.0) == 2.0 ** (1 - bits)
     assert Grid(bits, strict=True).step_value(1.0) == 2.0 ** (2 - bits)
     assert Grid(bits, closed=True, strict=True).step_value(1.0) == 2.0 ** (1 - bits)
 
 
-def test_nics13_a_closed_grid_reaches_both_ends() -> None:
+def test_row13_a_closed_grid_reaches_both_ends() -> None:
     grid = Grid(4, "free", "half_even", closed=True)
     assert (grid.qmin, grid.qmax) == (-8, 8)
     step = grid.step_value(0.52)
@@ -116,7 +116,7 @@ def test_nics13_a_closed_grid_reaches_both_ends() -> None:
 
 
 @pytest.mark.parametrize("exponent", range(-40, 41))
-def test_nics6_wider_exponents(exponent: int) -> None:
+def test_row06_wider_exponents(exponent: int) -> None:
     grid = Grid(8, closed=True, exponents=(-60, 60))
     assert grid.step_value(2.0**exponent) == 2.0 ** (exponent - 7)
     assert grid.step(torch.tensor(2.0**exponent)).item() == 2.0 ** (exponent - 7)

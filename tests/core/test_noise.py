@@ -21,7 +21,7 @@ SAMPLES = 100_000
 
 
 @pytest.mark.parametrize("value", [0.5, 0.1, -0.3, 7.001, -126.75, 1e-6, 32766.0625])
-def test_nics10_the_mean_is_the_value(value: float) -> None:
+def test_row10_the_mean_is_the_value(value: float) -> None:
     x = torch.full((SAMPLES,), value)
     fraction = float(x[0]) - math.floor(value)
     codes = stochastic(x, Noise(0).uniform("here", x))

@@ -49,7 +49,7 @@ def rounded(values: list[float], half: float, grid: Grid) -> list[float]:
         ("last_absmax", [0.2513, -0.5, 0.0], 2, 0.25, [0.25, -0.5, 0.0]),
         ("last_three_sigma", [0.2513, -0.52, 0.0], 4, 0.25, [0.25, -0.5, 0.0]),
     ],
-    ids=["nics2-max", "nics2-max-power-of-two", "nics3-three-sigma"],
+    ids=["row02-max", "row02-max-power-of-two", "row03-three-sigma"],
 )
 def test_vectors(
     rule: str, values: list[float], bits: int, step: float, expected: list[float]
@@ -60,7 +60,7 @@ def test_vectors(
     assert rounded(values, half, grid) == expected
 
 
-def test_nics4_the_top_tenth_saturates() -> None:
+def test_row04_the_top_tenth_saturates() -> None:
     values = torch.cat([torch.full((90,), 0.2), torch.linspace(0.6, 4, 10)])
     half = half_range("last_top_tenth", values)
     assert half == values[90]
@@ -68,11 +68,11 @@ def test_nics4_the_top_tenth_saturates() -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_nics4_fewer_than_ten_values(count: int) -> None:
+def test_row04_fewer_than_ten_values(count: int) -> None:
     assert half_range("last_top_tenth", torch.arange(1.0, count + 1)) == count
 
 
-def test_nics5_the_sweep_takes_the_first_of_three_candidates_with_the_least_error() -> None:
+def test_row05_the_sweep_takes_the_first_of_three_candidates_with_the_least_error() -> None:
     values = [0.1] * 100 + [1.01]
     grid = Grid(4, rounding="half_even")
     half = half_range("last_l1", values, grid)
@@ -85,7 +85,7 @@ def test_nics5_the_sweep_takes_the_first_of_three_candidates_with_the_least_erro
 
 
 @pytest.mark.parametrize("exponent", range(-30, 31))
-def test_nics6_a_power_of_two_is_its_own_range(exponent: int) -> None:
+def test_row06_a_power_of_two_is_its_own_range(exponent: int) -> None:
     values = [2.0**exponent]
     assert half_range("last_absmax", values) == values[0]
     # One value that saturates by less than it rounds: no smaller candidate is better.
@@ -94,7 +94,7 @@ def test_nics6_a_power_of_two_is_its_own_range(exponent: int) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", ["power_of_two", "free"])
-def test_nics7_zeros_have_a_finite_step(rule: str, scale: str) -> None:
+def test_row07_zeros_have_a_finite_step(rule: str, scale: str) -> None:
     grid = Grid(8, scale)
     estimator = RangeEstimator(rule, "x", grid)
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_nics7_zeros_have_a_finite_step(rule: str, scale: str) -> None:
     assert fake_quantize(torch.zeros(3), step, grid.qmin, grid.qmax).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_catch35_the_mean_of_batches_is_the_mean() -> None:
+def test_row35_the_mean_of_batches_is_the_mean() -> None:
     estimator = RangeEstimator("mean_absmax", "x")
     for value in (1.0, 2.0, 6.0):
         estimator.observe(torch.tensor([value]))

@@ -84,7 +84,7 @@ def test_a_plain_value_is_rounded_once_at_the_point() -> None:
     assert_integer_exact(model, x)
 
 
-def test_nics18_a_point_for_gradients_alone() -> None:
+def test_row18_a_point_for_gradients_alone() -> None:
     model = Net(gradient_bits=4)
     x = quantized(model)
     for _ in range(2):

@@ -545,7 +545,7 @@ def test_dropout_acts_between_layers_in_training_only():
 
 @pytest.mark.parametrize("platform", ["venusa", "venus", "onnxruntime"])
 @pytest.mark.parametrize(("kind", "options"), LAYERS)
-def test_fused_equals_step_by_step(kind, options, platform):
+def test_row64_fused_equals_step_by_step(kind, options, platform):
     model = plain(kind, 4, 6, 2, bidirectional=True, **options)
     x = torch.randn(5, 3, 4)
     twin = copy.deepcopy(model)
@@ -577,7 +577,7 @@ def test_step_by_step_agrees_with_torch_in_the_float_stage(kind, options):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_switch_nests_and_belongs_to_its_thread():
+def test_row64_the_switch_nests_and_belongs_to_its_thread():
     from lightning_linger.ops.recurrent.fusion import is_fused
 
     model = trained(plain("LSTM", 4, 6), torch.randn(5, 3, 4))

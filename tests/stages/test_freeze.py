@@ -81,7 +81,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_nics16_no_scale_moves_in_ten_batches(config: QuantConfig) -> None:
+def test_row16_no_scale_moves_in_ten_batches(config: QuantConfig) -> None:
     torch.manual_seed(0)
     model = Net()
     x = torch.randn(6, 4, 6)
@@ -188,7 +188,7 @@ def kinds(changed: list[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("part", "kind"), [("activations", "acts"), ("weights", "weights"), ("gradients", "gradients")]
 )
-def test_nics17_parts_freeze_apart(part: str, kind: str) -> None:
+def test_row17_parts_freeze_apart(part: str, kind: str) -> None:
     torch.manual_seed(0)
     model = Chain(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(6, 6)
@@ -204,7 +204,7 @@ def test_nics17_parts_freeze_apart(part: str, kind: str) -> None:
     assert kinds(moved) == {"acts", "weights", "gradients"} - {kind}
 
 
-def test_nics23_modules_freeze_apart() -> None:
+def test_row23_modules_freeze_apart() -> None:
     torch.manual_seed(0)
     model = Chain(nn.Linear(6, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
     x = torch.randn(6, 6)
