@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from lightning_linger.callbacks.strategies import (
     shards,
     share_statistics,
 )
+from lightning_linger.core.errors import QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.recipe import changes, plain_data
 from lightning_linger.stages.prepare import prepare_from, strip
@@ -78,6 +80,14 @@ class StageCallback(Callback, ABC):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the order again, now that the steps of an epoch are known; go on where it was."""
+        if self._leads(trainer) and not pl_module.training:
+            # Lightning trains a model in the mode that it finds.
+            warnings.warn(
+                f"{type(pl_module).__name__} is in evaluation mode: no range will move, and what "
+                "has none stays float. Call `model.train()` before `fit`.",
+                QuantizationWarning,
+                stacklevel=2,
+            )
         if not trainer.fast_dev_run:
             steps = trainer.num_training_batches / trainer.accumulate_grad_batches
             steps = steps if math.isinf(steps) else math.ceil(steps)

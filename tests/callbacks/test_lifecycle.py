@@ -300,3 +300,10 @@ def test_evaluation_between_steps_changes_no_bit_of_training() -> None:
                         with torch.no_grad():
                             model(x)
     assert torch.equal(torch.stack(losses[False]), torch.stack(losses[True]))
+
+
+def test_a_model_in_evaluation_mode_is_named(tmp_path: Path) -> None:
+    with pytest.warns(
+        linger.QuantizationWarning, match=r"Classifier is in evaluation mode.*train\(\)"
+    ):
+        trainer(tmp_path, [QuantizeCallback()], 1).fit(Classifier().eval(), loader())
