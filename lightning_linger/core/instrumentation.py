@@ -176,15 +176,14 @@ class Instrumentation(nn.Module):
         planned = {
             "format": FORMAT_VERSION,
             "quantizers": self._quantizer_names(),
-            "layers": self._layers(),
             "plans": self.plans,
             "marks": self.marks,
             "example": self.example,
             **self._recorded,
         }
-        return encode(
-            planned, what_is_on(self), ROOM_PER_SITE * len(self.site) if self.sharded else None
-        )
+        # Folding and widths change during a run, and a sharded state has to keep its size.
+        now = {**what_is_on(self), "layers": self._layers()}
+        return encode(planned, now, ROOM_PER_SITE * len(self.site) if self.sharded else None)
 
     def set_extra_state(self, state: Any) -> None:
         """Switch on what was on, after checking that it was planned in the same way."""
