@@ -191,8 +191,10 @@ class SensitivityCallback(Callback):
             tensorboard.show_sensitivities(trainer, list(self.rows), self.overrides)
 
     def _score(self, trainer: Any, module: Any, forwards: Sequence[Forward]) -> Callable[[], float]:
-        if self.metric in ("noise", "kl"):
-            return output_score(self.metric, forwards)  # type: ignore[arg-type]
+        if self.metric == "noise":
+            return output_score("noise", forwards)
+        if self.metric == "kl":
+            return output_score("kl", forwards)
 
         def score() -> float:
             logged = silent_validation(trainer, module)

@@ -54,7 +54,8 @@ class StageModelCheckpoint(_ModelCheckpoint):
     @property
     def state_key(self) -> str:
         """Lightning's, under a name of its own."""
-        return "Stage" + super().state_key  # type: ignore[no-any-return]
+        key: str = super().state_key
+        return "Stage" + key
 
     @property
     def best_by_stage(self) -> dict[str, str]:

@@ -54,6 +54,7 @@ ROOM_PER_SITE = 1024
 # A module without parameters whose call is to be seen wherever it is made.
 POINT_MARK = "_linger_point"
 
+# The stubs of torch have no getset descriptors.
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
 
@@ -158,7 +159,9 @@ class Instrumentation(nn.Module):
 
     def find(self, key: str) -> Site:
         """Return the site of a key."""
-        return self.site[_module_name(key)]  # type: ignore[return-value]
+        site: Any = self.site[_module_name(key)]
+        assert isinstance(site, Site)  # `create_sites` puts nothing else there
+        return site
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a site of this key."""

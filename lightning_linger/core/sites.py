@@ -381,7 +381,8 @@ class Site(nn.Module):
         name = str(position)
         if tag_of(x) is not None or name not in self.inputs:
             return self.operand(position, x)
-        return self._quantized_codes(self.inputs[name], x)  # type: ignore[arg-type]
+        quantizer: Any = self.inputs[name]
+        return self._quantized_codes(quantizer, x)
 
     def width_of_operand(self, position: int, default: int) -> int:
         """Return the width that an operand must have."""
@@ -391,7 +392,9 @@ class Site(nn.Module):
 
     def part(self, name: str) -> Quantizer:
         """Return a quantizer inside the op."""
-        return self.parts[name]  # type: ignore[return-value]
+        part: Any = self.parts[name]
+        assert isinstance(part, Quantizer)  # the planner puts nothing else there
+        return part
 
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
@@ -530,7 +533,7 @@ class Site(nn.Module):
         """
         if name == "weight":
             return self.learned_weight
-        parts: dict[str, LearnedScale] = dict(self.learned_parts.items())  # type: ignore[arg-type]
+        parts: dict[str, Any] = dict(self.learned_parts.items())
         return parts.get(name)
 
     def learned_scales(self) -> list[LearnedScale]:
@@ -627,7 +630,8 @@ class Site(nn.Module):
     def quantized_input(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         """Round a plain tensor with an input quantizer in the current number system."""
         if self.switches.system != "integer":
-            return quantizer(x, learn=self.learning)  # type: ignore[no-any-return]
+            rounded: Tensor = quantizer(x, learn=self.learning)
+            return rounded
         return self._quantized_codes(quantizer, x)
 
     def _quantized_codes(self, quantizer: Quantizer, x: Tensor) -> Tensor:
@@ -646,7 +650,8 @@ class Site(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+                moved: Any = self._buffers[name]
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
     def thaw(self) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ class Item:
         """What rounds its gradient, if it is to be rounded."""
         if self.quantizer is not None:
             return self.quantizer.gradient
-        nodes: dict[str, GradientQuantizer] = dict(self.site.gradients.items())  # type: ignore[arg-type]
+        nodes: dict[str, Any] = dict(self.site.gradients.items())
         return nodes.get(self.kind)
 
     @property

@@ -113,7 +113,8 @@ def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
     limits, learned = (grid.qmin, grid.qmax), site.learned_weight
     if learned is not None:
         step: Scalar = learned_step(site, learned, weight.detach().reshape(1, -1).float())
-        step = step.item() if can_read(step) else step  # type: ignore[arg-type, union-attr]
+        if isinstance(step, Tensor) and can_read(step):
+            step = step.item()
         step = site.held("weight", step)
         if site.training:
             value = learned.value

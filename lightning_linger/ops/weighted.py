@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class Prepared:
     source: Tensor | None
 
 
-class WeightedOp(Op):
+class WeightedOp(Op, ABC):
     """A linear map of the input with a weight and an optional bias."""
 
     needs_quantized_operand = False
@@ -119,32 +120,33 @@ class WeightedOp(Op):
         """
         return self._parameters(site, call, step_x)
 
+    @abstractmethod
     def apply(self, call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the torch function with other tensors in the place of the call's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def per_channel(self, call: Any, values: Tensor) -> Tensor:
         """View ``[C_out]`` values so that they broadcast to the weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def channel_rows(self, call: Any, weight: Tensor) -> Tensor:
         """Return the weight as ``[C_out, N]``, a row for each output channel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def along_output(self, call: Any, values: Tensor) -> Tensor:
         """View ``[C_out]`` values so that they broadcast to the result."""
-        raise NotImplementedError
 
     def channel_reduce(self, call: Any, weight: Tensor, how: str) -> Tensor:
         """Reduce the absolute weight to ``[C_out]`` by ``amax`` or ``sum``."""
         rows = self.channel_rows(call, weight.abs())
-        return getattr(rows, how)(dim=1)  # type: ignore[no-any-return]
+        reduced: Tensor = getattr(rows, how)(dim=1)
+        return reduced
 
+    @abstractmethod
     def integer_kernel(
         self, site: Site, call: Any, x: Tensor, prepared: Prepared, result: IntegerResult
     ) -> Tensor:
         """Call the custom op of the family."""
-        raise NotImplementedError
 
     # --- the three number systems -----------------------------------------------------------
 
@@ -345,18 +347,19 @@ class WeightedOp(Op):
         step_w: Scalar
         steps: Scalar
         if site.has_groups:
-            vector = False
             steps, step_w = group_steps(site, own, finest)
         else:
             step_w = site.held("weight", weight_step(site, rows, finest))
-            vector = isinstance(step_w, Tensor) and step_w.dim() > 0
-            steps = self.per_channel(call, step_w) if vector else step_w  # type: ignore[arg-type]
+            steps = step_w
+            if isinstance(step_w, Tensor) and step_w.dim() > 0:
+                steps = self.per_channel(call, step_w)
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
         learned = site.learned_weight
         rounds = "weights" not in site.floating
         if rounds and learned is not None and site.training:
-            parameter = self.per_channel(call, learned.value) if vector else learned.value
+            several = learned.value.dim() > 0
+            parameter = self.per_channel(call, learned.value) if several else learned.value
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
         elif rounds:
             weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.ranges.learned import LEARNED
@@ -69,7 +69,7 @@ class RangeRule:
         found = _PREFIXED.fullmatch(spec) if isinstance(spec, str) else None
         if found is None:
             raise ConfigError(_message(what, spec))
-        accumulation: Accumulation = found[1] or "all"  # type: ignore[assignment]
+        accumulation: Any = found[1] or "all"  # the pattern lets nothing else through
         percent = _PERCENT.fullmatch(found[2])
         if percent is not None and 0 < float(percent[1]) <= 100:
             return RangeRule(spec, percentile_statistic(float(percent[1])), accumulation)
