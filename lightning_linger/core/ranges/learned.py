@@ -63,7 +63,7 @@ class LearnedKind:
 
 
 def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
-    return grid.step(half)
+    return half / grid.qmax
 
 
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
