@@ -40,7 +40,7 @@ def surrogate(kind: str, x: Tensor, parameter: Tensor, q: Tensor, grid: Grid, lo
         clamped = torch.minimum(torch.maximum(x, -parameter if low else 0 * parameter), parameter)
         step = grid.step(parameter.detach())
         return clamped + (q * step - clamped).detach()
-    step = parameter if kind == "lsq" else torch.exp2(parameter - (grid.bits - 1))
+    step = parameter / grid.qmax if kind == "lsq" else torch.exp2(parameter - (grid.bits - 1))
     v = torch.clamp(x / step, low, grid.qmax)
     return step * (v + (q - v).detach())
 
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_papers(kind: str, window: Window) -> None:
     scale = "power_of_two" if kind == "tqt" else "free"
     # PACT's two ends are as far from zero.
     grid = Grid(4, scale, "half_even", narrow=kind == "pact")
-    value = {"lsq": 0.3, "tqt": 1.0, "pact": 2.1}[kind]
+    value = {"lsq": 2.1, "tqt": 1.0, "pact": 2.1}[kind]
     ours = quantizer(kind, grid, value, window)
     x = torch.randn(400) * 2
     step = float(ours.step())
@@ -71,7 +71,8 @@ def test_gradients_are_those_of_the_papers(kind: str, window: Window) -> None:
     assert torch.allclose(y, expected, atol=1e-6)
     expected.backward(upstream)
     assert torch.allclose(mine.grad, x.grad, rtol=1e-6, atol=0.0)
-    scale = 1 / math.sqrt(len(x) * grid.qmax) if kind == "lsq" else 1.0
+    # Ours is `qmax` steps of LSQ; gradient descent moves the step as its section 2.2 says.
+    scale = grid.qmax**2 / math.sqrt(len(x) * grid.qmax) if kind == "lsq" else 1.0
     assert ours.learned.value.grad.item() == pytest.approx(parameter.grad.item() * scale, rel=1e-4)
 
 
@@ -93,10 +94,10 @@ def test_gradients_value_by_value(
     kind: str, codes: list[float], slopes: list[float], passes: list[float]
 ) -> None:
     step = 0.5
-    value = {"lsq": step, "tqt": math.log2(step * 8), "pact": step * 8}[kind]
+    value = {"lsq": step * 7, "tqt": math.log2(step * 8), "pact": step * 8}[kind]
     ours = quantizer(kind, Grid(4), value)
     assert ours.step() == step
-    factor = {"lsq": 1 / math.sqrt(7), "tqt": step * math.log(2), "pact": 1.0}[kind]
+    factor = {"lsq": math.sqrt(7), "tqt": step * math.log(2), "pact": 1.0}[kind]
     for code, slope, gate in zip(codes, slopes, passes, strict=True):
         ours.learned.value.grad = None
         x = torch.tensor([code * step], requires_grad=True)

@@ -46,10 +46,7 @@ class LearnedKind:
         step: Returns the step of a parameter.
         slopes: ``slopes(v, q, step, low, high)`` returns the derivatives.
         about: What the parameter is, for the documentation.
-        rescaled: ``rescaled(value, old, new)`` returns the parameter of the same half-range on
-            another grid.
-        normalized: Whether the parameter's gradient is divided by ``sqrt(N * qmax)``, N being the
-            number of values that share it (LSQ, section 2.2).
+        normalized: Whether the parameter's gradient is scaled as LSQ asks (section 2.2).
     """
 
     start: str
@@ -58,25 +55,16 @@ class LearnedKind:
     step: Callable[[Tensor, Grid], Tensor]
     slopes: Callable[[Tensor, Tensor, Any, Any, Any], Slopes]
     about: str
-    rescaled: Callable[[Tensor, Grid, Grid], Tensor]
     normalized: bool = False
 
 
-def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
-    return half / grid.qmax
+def _half_range(half: Tensor, grid: Grid) -> Tensor:
+    return half
 
 
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
-    step = parameter.clamp(min=SMALLEST_STEP)
+    step = (parameter / grid.qmax).clamp(min=SMALLEST_STEP)
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
-
-
-def _lsq_rescaled(parameter: Tensor, old: Grid, new: Grid) -> Tensor:
-    return parameter * (old.qmax / new.qmax)
-
-
-def _same(parameter: Tensor, old: Grid, new: Grid) -> Tensor:
-    return parameter
 
 
 def _lsq_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
@@ -101,10 +89,6 @@ def _tqt_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
     return Slopes(~(below | above), slope * (step * math.log(2.0)))
 
 
-def _pact_parameter(half: Tensor, grid: Grid) -> Tensor:
-    return half
-
-
 def _pact_step(parameter: Tensor, grid: Grid) -> Tensor:
     return grid.step(parameter.clamp(min=SMALLEST_STEP * grid.qmax))
 
@@ -121,11 +105,10 @@ LEARNED: dict[str, LearnedKind] = {
     "lsq": LearnedKind(
         "ema_mse",
         "mse",
-        _lsq_parameter,
+        _half_range,
         _lsq_step,
         _lsq_slopes,
-        "the step",
-        _lsq_rescaled,
+        "the half-range, `qmax` steps",
         normalized=True,
     ),
     "tqt": LearnedKind(
@@ -135,10 +118,9 @@ LEARNED: dict[str, LearnedKind] = {
         _tqt_step,
         _tqt_slopes,
         "log2 of the threshold; the step is a power of two",
-        _same,
     ),
     "pact": LearnedKind(
-        "ema_absmax", None, _pact_parameter, _pact_step, _pact_slopes, "the clipping value", _same
+        "ema_absmax", None, _half_range, _pact_step, _pact_slopes, "the clipping value"
     ),
 }
 
@@ -185,10 +167,8 @@ class LearnedScale(nn.Module):
         self.started = True
         self.begun.fill_(True)
 
-    @torch.no_grad()
     def change_grid(self, grid: Grid) -> None:
         """Go on with the same half-range on a grid of another width."""
-        self.value.copy_(self.kind.rescaled(self.value, self.grid, grid))
         self.grid = grid
 
     def _parameter(self, half_range: Tensor) -> Tensor:
@@ -232,8 +212,7 @@ class LearnedScale(nn.Module):
         coarser = torch.as_tensor(step, device=own.device) > own * (1 + 1e-6)
         scale = 1.0
         if self.kind.normalized:
-            shared = real.numel() / self.value.numel()
-            scale = 1.0 / math.sqrt(max(shared, 1.0) * self.grid.qmax)
+            scale = lsq_scale(real.numel() / self.value.numel(), self.grid.qmax)
         out: Tensor = _Carry.apply(
             real, parameter, rounded.detach(), step, low, high, coarser, scale, self.name
         )
@@ -253,6 +232,20 @@ class LearnedScale(nn.Module):
     def extra_repr(self) -> str:
         """Show the kind and whether gradients have taken over."""
         return f"{self.name}, started={self.started}"
+
+
+def lsq_scale(shared: float, codes: int) -> float:
+    """Return what the slope of a half-range is multiplied with.
+
+    LSQ divides the gradient of a step by ``sqrt(N * qmax)``. The parameter is ``qmax`` steps, so
+    that Adam, which moves every parameter by about the learning rate, does not move a fine step by
+    many times itself; with this factor plain gradient descent moves the step as in the paper.
+
+    Args:
+        shared: How many values share it.
+        codes: ``qmax``.
+    """
+    return math.sqrt(codes / max(shared, 1.0))
 
 
 class _Carry(torch.autograd.Function):

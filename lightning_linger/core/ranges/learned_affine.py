@@ -50,7 +50,7 @@ class LearnedRange(LearnedScale):
     @torch.no_grad()
     def follow_range(self, low: Tensor, high: Tensor) -> None:
         """Take the step and the lower end of a range."""
-        self.value.copy_(self.grid.step_of_range(low, high))
+        self.value.copy_(self.grid.step_of_range(low, high) * self.grid.qmax)
         self.offset.copy_(low.clamp(max=0.0))
 
     @torch.no_grad()
@@ -73,11 +73,12 @@ class LearnedRange(LearnedScale):
         """
         codes = float(self.grid.qmax - self.grid.qmin)
         scale = 1.0 / math.sqrt(max(real.numel(), 1) * codes)
+        scales = (scale * self.grid.qmax, scale)
         at_step = torch.as_tensor(step, dtype=torch.float32, device=self.offset.device)
         first = self.grid.qmin - self.zero_point(at_step)
         out: Tensor = _CarryOffset.apply(
             *(real, self.value, self.offset, rounded.detach(), step, low, high),
-            *(first, first + codes, scale),
+            *(first, first + codes, scales),
         )
         return out
 
@@ -102,14 +103,14 @@ class _CarryOffset(torch.autograd.Function):
         high: Bound,
         first: Tensor,
         last: Tensor,
-        scale: float,
+        scales: tuple[float, float],
     ) -> Tensor:
         numbers = [
             torch.as_tensor(number, dtype=real.dtype, device=real.device)
             for number in (step, low, high, first, last)
         ]
         ctx.save_for_backward(real, rounded, *numbers)
-        ctx.scale = scale
+        ctx.scales = scales
         return rounded.view_as(rounded)
 
     @staticmethod
@@ -122,6 +123,6 @@ class _CarryOffset(torch.autograd.Function):
         # Where the window ends before the grid does, the end stays where it is.
         at_first, at_last = below & (low <= first), above & (high >= last)
         slope = torch.where(inside, q - v, torch.where(at_last, last - first, 0.0))
-        of_step = (grad * slope).float().sum() * ctx.scale
-        of_offset = (grad * (at_first | at_last)).float().sum() * ctx.scale
+        of_step = (grad * slope).float().sum() * ctx.scales[0]
+        of_offset = (grad * (at_first | at_last)).float().sum() * ctx.scales[1]
         return grad * inside, of_step, of_offset, None, None, None, None, None, None, None
