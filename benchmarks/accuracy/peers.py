@@ -168,7 +168,7 @@ def brevitas(
     """Fine-tune by brevitas: every scale learned from its first statistics, unsigned ReLUs."""
     if task.name != "digits":
         msg = f"there is no network of brevitas' layers for {task.name!r}."
-        raise NotImplementedError(msg)
+        raise ValueError(msg)
     quantized = brevitas_digits(recipe.bits, steps_per_epoch=len(data[0][1]) // BATCH)
     quantized.load_state_dict(network.state_dict(), strict=False)
     learner = fit(quantized, data, seed, task.tuning_epochs, task.tuning_rate)

@@ -8,7 +8,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.tasks import TASKS, Task
@@ -53,8 +53,8 @@ class Results:
         entry = self._lines.get(Key(task.name, seed, recipe.name))
         if entry is None or entry["settings"] != settings_of(task, recipe):
             return None
-        names = (field.name for field in dataclasses.fields(Score))
-        return Score(**{name: entry[name] for name in names})  # type: ignore[arg-type]
+        fields: dict[str, Any] = {f.name: entry[f.name] for f in dataclasses.fields(Score)}
+        return Score(**fields)
 
     def put(self, task: Task, seed: int, recipe: Recipe, score: Score) -> None:
         """Keep a score, in the file too."""

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.append(str(EXAMPLES))
 
+# They are found only now.
 import attention  # noqa: E402
 import common  # noqa: E402
 import digits  # noqa: E402

@@ -132,11 +132,7 @@ def sensitivity(
     for batch in batches:
         check_example(batch)
     forwards = [forward_of(model, batch) for batch in batches]
-    if callable(metric):
-        function = metric
-        score: Callable[[], float] = lambda: float(function(model, batches))  # noqa: E731
-    else:
-        score = output_score(metric, forwards)
+    score = _applied(metric, model, batches) if callable(metric) else output_score(metric, forwards)
     return measure_sensitivity(model, forwards, score, bits, mode, part, modules, config)
 
 
@@ -180,6 +176,12 @@ def measure_sensitivity(
         "measured %d layers of %s at %s bits", len(trials.units), type(model).__name__, list(widths)
     )
     return Sensitivities(rows)
+
+
+def _applied(
+    metric: Callable[[nn.Module, list[Any]], float], model: nn.Module, batches: list[Any]
+) -> Callable[[], float]:
+    return lambda: float(metric(model, batches))
 
 
 def output_score(

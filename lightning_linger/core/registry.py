@@ -87,7 +87,7 @@ class Op:
     exact_with_free_scales: bool = False
 
     # Ops without sites have no `bind`, `run_fake` and `run_integer`, and ops that learn no range of
-    # a weight no `weight_channels`: these are not abstract.
+    # a weight no `weight_channels`: these raise NotImplementedError and are not abstract.
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

@@ -65,9 +65,16 @@ class Domain:
     limit: float
 
 
-_ABOVE_ZERO: Callable[[Tensor], Tensor] = lambda x: x > 0  # noqa: E731
-_NOT_ZERO: Callable[[Tensor], Tensor] = lambda x: x != 0  # noqa: E731
-_ABOVE_MINUS_ONE: Callable[[Tensor], Tensor] = lambda x: x > -1  # noqa: E731
+def _above_zero(x: Tensor) -> Tensor:
+    return x > 0
+
+
+def _not_zero(x: Tensor) -> Tensor:
+    return x != 0
+
+
+def _above_minus_one(x: Tensor) -> Tensor:
+    return x > -1
 
 
 @dataclass(frozen=True)
@@ -126,13 +133,13 @@ CURVES: dict[str, Curve] = {
     "exp": Curve(torch.exp),
     "exp2": Curve(torch.exp2),
     "expm1": Curve(torch.expm1),
-    "log": Curve(torch.log, domain=_fixed(Domain(_ABOVE_ZERO, -math.inf))),
-    "log2": Curve(torch.log2, domain=_fixed(Domain(_ABOVE_ZERO, -math.inf))),
-    "log10": Curve(torch.log10, domain=_fixed(Domain(_ABOVE_ZERO, -math.inf))),
-    "log1p": Curve(torch.log1p, domain=_fixed(Domain(_ABOVE_MINUS_ONE, -math.inf))),
-    "sqrt": Curve(torch.sqrt, domain=_fixed(Domain(_ABOVE_ZERO, 0.0))),
-    "rsqrt": Curve(torch.rsqrt, domain=_fixed(Domain(_ABOVE_ZERO, math.inf))),
-    "reciprocal": Curve(torch.reciprocal, domain=_fixed(Domain(_NOT_ZERO, math.inf))),
+    "log": Curve(torch.log, domain=_fixed(Domain(_above_zero, -math.inf))),
+    "log2": Curve(torch.log2, domain=_fixed(Domain(_above_zero, -math.inf))),
+    "log10": Curve(torch.log10, domain=_fixed(Domain(_above_zero, -math.inf))),
+    "log1p": Curve(torch.log1p, domain=_fixed(Domain(_above_minus_one, -math.inf))),
+    "sqrt": Curve(torch.sqrt, domain=_fixed(Domain(_above_zero, 0.0))),
+    "rsqrt": Curve(torch.rsqrt, domain=_fixed(Domain(_above_zero, math.inf))),
+    "reciprocal": Curve(torch.reciprocal, domain=_fixed(Domain(_not_zero, math.inf))),
     "erf": Curve(torch.erf, range=1.0),
     "sin": Curve(torch.sin, range=1.0),
     "cos": Curve(torch.cos, range=1.0),
@@ -518,8 +525,8 @@ def _pow_domain(number: float, is_base: bool) -> Domain | None:
     if is_base or (number >= 0 and number == int(number)):
         return None
     if number == int(number):
-        return Domain(_NOT_ZERO, math.inf)
-    return Domain(_ABOVE_ZERO, 0.0 if number > 0 else math.inf)
+        return Domain(_not_zero, math.inf)
+    return Domain(_above_zero, 0.0 if number > 0 else math.inf)
 
 
 CURVES["pow"] = Curve(_pow, spellings=("pow", "__pow__"), domain=_pow_domain)

@@ -40,7 +40,7 @@ def namespace_of(name: str) -> Any:
 
 
 def model_of(pl: Any) -> Any:
-    class Small(pl.LightningModule):  # type: ignore[misc, name-defined]
+    class Small(pl.LightningModule):  # type: ignore[misc, name-defined] # `pl` is either namespace
         def __init__(self, width: int = 8) -> None:
             super().__init__()
             self.save_hyperparameters()
