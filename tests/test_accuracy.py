@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of
+from benchmarks.accuracy.peers import prepared_graph
 from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
@@ -130,6 +131,22 @@ def test_another_library_trains_the_same_network(
     theirs, reference = (results.accuracies("digits", r)[0] for r in (peer(name, 8), FLOAT))
     assert reference > 80
     assert abs(theirs - reference) < 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_has_the_widths_of_our_recipes() -> None:
+    pytest.importorskip("torchao")
+    modules = dict(prepared_graph(TASKS["digits"], 4).named_modules())
+    tops = {
+        node.args[0].name: modules[node.target].quant_max
+        for node in modules[""].graph.nodes
+        if hasattr(modules.get(str(node.target)), "quant_max")
+    }
+    # The first weight is read behind its scale by the batch norm, as the product `mul`.
+    assert {name for name, top in tops.items() if top == 127} == {"x", "mul", "fc_weight", "linear"}
+    assert {name for name, top in tops.items() if top == 7} >= {"relu", "mul_1", "mean"}
+    assert set(tops.values()) == {7, 127}
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

@@ -42,37 +42,60 @@ class Exported(nn.Module):
         return self
 
 
-@functools.cache
-def prepared_graph(task: Task, bits: int) -> nn.Module:
-    """Return the graph of a task's network with PT2E's fake quantizers.
+def pt2e_config(bits: int) -> Any:
+    """Return XNNPACK's settings at a width: asymmetric activations, narrow weights per channel."""
+    from torchao.testing.pt2e._xnnpack_quantizer import get_symmetric_quantization_config
 
-    XNNPACK's quantizer: asymmetric activations, a scale per channel of weights.
-    """
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-    from torchao.testing.pt2e._xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
+    top = 2 ** (bits - 1) - 1
+    return get_symmetric_quantization_config(
+        is_per_channel=True,
+        is_qat=True,
+        act_qmin=-top - 1,
+        act_qmax=top,
+        weight_qmin=-top,
+        weight_qmax=top,
     )
 
-    def config(width: int) -> Any:
-        top = 2 ** (width - 1) - 1
-        return get_symmetric_quantization_config(
-            is_per_channel=True,
-            is_qat=True,
-            act_qmin=-top - 1,
-            act_qmax=top,
-            weight_qmin=-top,
-            weight_qmax=top,
-        )
 
-    quantizer = XNNPACKQuantizer().set_global(config(bits))
-    for name in (task.first, task.last):
-        if name is not None:
-            quantizer.set_module_name(name, config(OUTER_BITS))
+def widen_ends(graph: torch.fx.GraphModule, task: Task) -> None:
+    """Annotate the input, the weights of the first and last layer and the logits with 8 bits.
+
+    XNNPACK's own settings by module name leave a convolution in float whose batch norm is not in
+    the module of that name, and widen what the last layer reads.
+    """
+    from torchao.testing.pt2e._xnnpack_quantizer import get_module_name_filter
+
+    outer = pt2e_config(OUTER_BITS)
+    for name in filter(None, (task.first, task.last)):
+        belongs = get_module_name_filter(name)
+        for node in graph.graph.nodes:
+            annotation = node.meta.get("quantization_annotation")
+            if annotation is None or not belongs(node):
+                continue
+            for operand, spec in annotation.input_qspec_map.items():
+                if operand.op == "get_attr" and spec is not None:
+                    annotation.input_qspec_map[operand] = outer.weight
+                if operand.op == "placeholder":
+                    annotation.input_qspec_map[operand] = outer.input_activation
+            if name == task.last and annotation.output_qspec is not None:
+                annotation.output_qspec = outer.output_activation
+
+
+@functools.cache
+def prepared_graph(task: Task, bits: int) -> nn.Module:
+    """Return the graph of a task's network with PT2E's fake quantizers, placed by XNNPACK's."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer
+
+    class Quantizer(XNNPACKQuantizer):
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            widen_ends(super().annotate(model), task)
+            return model
+
     examples = task.data(0)[0][0][:BATCH]
     shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
     exported = torch.export.export(task.network().train(), (examples,), dynamic_shapes=shapes)
-    return prepare_qat_pt2e(exported.module(), quantizer)
+    return prepare_qat_pt2e(exported.module(), Quantizer().set_global(pt2e_config(bits)))
 
 
 def torchao(
