@@ -22,10 +22,11 @@ from lightning_linger.core.errors import ConfigError, NonFiniteError, Unsupporte
 from lightning_linger.core.grid import MIN_BITS
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.logs import logger
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import symmetry_of
 from lightning_linger.core.progress import with_progress
 from lightning_linger.core.ranges import RangeEstimator
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.table import Table
 from lightning_linger.core.tags import WIDEST_OPERAND
 from lightning_linger.core.widths import NAMES, Widths, widths_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_linger.analysis.saving import save_table
 from lightning_linger.core.errors import ConfigError, near_matches
 from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of, is_prepared
-from lightning_linger.core.sites import real_values
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.table import Table
 from lightning_linger.simulate.divergence import Forward, forward_of, main_result
 from lightning_linger.stages.checkpoints import read_checkpoint

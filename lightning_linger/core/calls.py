@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_linger.core.functions import Canonical
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.payload import real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 
 if TYPE_CHECKING:

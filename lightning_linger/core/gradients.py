@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import fake_quantize
-from lightning_linger.core.grid import Grid
+from lightning_linger.core.grid import Grid, ScaleKind
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.ranges import RangeEstimator
 from lightning_linger.core.rounding import Rounder, Rounding
-
-if TYPE_CHECKING:
-    from lightning_linger.core.grid import ScaleKind
-    from lightning_linger.core.sites import Switches
+from lightning_linger.core.switches import Switches
 
 # Gradients are often far smaller than any activation.
 EXPONENTS = (-100, 60)

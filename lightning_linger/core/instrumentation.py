@@ -28,6 +28,7 @@ from lightning_linger.core.functions import Canonical, canonical_of
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.ranges import LearnedScale
 from lightning_linger.core.recipe import (
     FORMAT_VERSION,
@@ -41,8 +42,9 @@ from lightning_linger.core.recipe import (
 from lightning_linger.core.recorder import Recorder
 from lightning_linger.core.registry import Op, op_of
 from lightning_linger.core.sharding import class_name, gathers_parameters
-from lightning_linger.core.sites import Site, Switches, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.state import switch_back, what_is_on
+from lightning_linger.core.switches import Switches
 from lightning_linger.core.tags import drop_tag, tag_of, with_tag
 from lightning_linger.core.widths import Widths, set_widths, widths_of
 

@@ -1,5 +1,6 @@
 """Range limits: clamp values into a bound, with a choice of gradient outside."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from lightning_linger.core.capture import can_read
 from lightning_linger.core.config import Limit, LimitGradient
 
 PULL = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The range limits of one site."""
+
+    weight: Limit | None
+    bias: Limit | None
+    output: Limit | None
+    gradient: LimitGradient
 
 
 class _PullBack(torch.autograd.Function):

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.config import (
-    FuseMode,
     Granularity,
-    Limit,
-    LimitGradient,
     QuantConfig,
 )
 from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import ConfigError, UnsupportedError
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.images import FirstConv, normalized
 from lightning_linger.core.integer import (
-    code_limits,
-    dequantize,
-    float32_code_limits,
-    is_power_of_two,
-    payload_dtype,
     quantize,
-    requantize,
 )
-from lightning_linger.core.limits import apply_bound, bound_of, is_within
+from lightning_linger.core.limits import Limits, apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import rounding_of
-from lightning_linger.core.quantizer import Quantizer, readable
+from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.ranges import EMA_WEIGHT, LearnedScale, RangeRule
+from lightning_linger.core.requantize import requantized
 from lightning_linger.core.rounding import Rounder, Rounding
+from lightning_linger.core.switches import FloatPart, FrozenPart, RoundedParameter, Switches
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 
 if TYPE_CHECKING:
@@ -46,79 +38,6 @@ if TYPE_CHECKING:
     from lightning_linger.core.platform import Platform
     from lightning_linger.core.registry import Op
 
-
-@dataclass(frozen=True)
-class RoundedParameter:
-    """A parameter as a forward has used it.
-
-    Args:
-        site: Key of the site.
-        name: Of the weight, as its step is called, or ``bias``.
-        source: The parameter, or the part of one; None for what folding has made up.
-        values: On the grid, detached.
-        step: Of the values, 0-dim or one per channel.
-    """
-
-    site: str
-    name: str
-    source: Tensor | None
-    values: Tensor
-    step: Tensor
-
-
-@dataclass
-class Switches:
-    """What is on at the moment; one object shared by all sites of a model.
-
-    Args:
-        fuse: Whether batch norms are folded.
-        fuse_mode: How.
-        normalize: Whether range limits act.
-        quantize: Whether quantizers act.
-        watch: Whether float forwards in training mode move the ranges, ahead of quantization.
-        system: In which number system quantized sites run: ``float``, ``fake`` or ``integer``.
-        observing: Whether a training forward moves the ranges.
-        rounded: Collects the parameters that evaluation forwards round, None to collect nothing.
-        recomputing: Whether this forward is repeated during backward (activation checkpointing);
-            it must see the ranges of the first time.
-    """
-
-    fuse: bool = False
-    fuse_mode: FuseMode = "running"
-    normalize: bool = False
-    quantize: bool = False
-    watch: bool = False
-    system: str = "fake"
-    observing: bool = True
-    recomputing: bool = False
-    rounded: list[RoundedParameter] | None = None
-
-    @property
-    def learning(self) -> bool:
-        """Whether a forward in training mode moves ranges now."""
-        return self.observing and not self.recomputing
-
-    @property
-    def any_stage(self) -> bool:
-        """Whether some stage is on."""
-        return self.fuse or self.normalize or self.quantize or self.watch
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The range limits of one site."""
-
-    weight: Limit | None
-    bias: Limit | None
-    output: Limit | None
-    gradient: LimitGradient
-
-
-FrozenPart = Literal["activations", "weights", "gradients"]
-FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "gradients")
-
-FloatPart = Literal["activations", "weights", "biases"]
-FLOAT_PARTS: tuple[FloatPart, ...] = ("activations", "weights", "biases")
 
 # Buffers that hold the steps of weights while ranges are frozen.
 _HELD = "held_"
@@ -398,30 +317,16 @@ class Site(nn.Module):
 
     def requantized(self, x: Tensor, tag: Tag, bits: int) -> Tensor:
         """Round a tagged tensor to another width at the step shifted by the difference in bits."""
-        step = narrowed_step(tag, bits)
-        tag_after = dataclasses.replace(
-            tag, step=step, bits=bits, site=self.key, zero_point=None, rounded=True
-        )
-        usable = readable(step, x)
-        fake = x.dtype.is_floating_point and self.switches.system == "fake"
-        if fake:
-            y = fake_quantize(x, usable, *code_limits(bits), self.rounding)
-            exact = self.training or not isinstance(usable, float) or is_power_of_two(usable)
-            if exact or capturing():
-                return with_tag(y, tag_after)
-        # With a free scale, real values next to a tie are not as near to it as codes are.
-        codes = requantize(
-            integer_codes(x),
-            float(tag.step),
-            float(step),
-            tag.bits,
+        return requantized(
+            x,
+            tag,
             bits,
-            self.rounding,
-            self.platform_name,
+            site=self.key,
+            rounding=self.rounding,
+            platform=self.platform_name,
+            fake=self.switches.system == "fake",
+            training=self.training,
         )
-        if fake:
-            codes = straight_through(codes.to(x.dtype).mul_(usable), y)
-        return with_tag(codes, tag_after)
 
     @property
     def rounding(self) -> Rounding:
@@ -681,49 +586,3 @@ class Site(nn.Module):
 
 def _held(name: str) -> str:
     return _HELD + name.replace(".", ":")
-
-
-def narrowed_step(tag: Tag, bits: int) -> Scalar:
-    """Return the step at which ``bits`` cover what the codes of a tag reach."""
-    step = tag.step * 2.0 ** (tag.bits - bits)
-    if bits > tag.bits or tag.reach is None:
-        return step
-    needed = tag.reach * 2.0 ** (1 - bits)
-    if isinstance(step, float) and isinstance(needed, float):
-        # Only by powers of two of the present step: a shift, also for a free scale.
-        while step > tag.step and step * 0.5 >= needed:
-            step *= 0.5
-        return step
-    shift = torch.ceil(torch.log2(torch.as_tensor(needed) / tag.step)).clamp(0, tag.bits - bits)
-    return tag.step * torch.exp2(shift)
-
-
-def step_of(x: Tensor) -> Scalar:
-    """Return the step of a tagged tensor."""
-    tag = tag_of(x)
-    if tag is None:
-        msg = "internal: the tensor carries no tag."
-        raise RuntimeError(msg)
-    return tag.step
-
-
-def real_values(x: Tensor) -> Tensor:
-    """Return the real values of a tensor: integers are dequantized, everything else passes."""
-    tag = tag_of(x)
-    if tag is None or x.dtype.is_floating_point:
-        return x
-    return dequantize(x, float(tag.step), "").to(tag.dtype)
-
-
-def integer_codes(x: Tensor) -> Tensor:
-    """Return the payload of a tagged tensor, which may hold the codes or the real values.
-
-    Real values on the grid come from a fake-quant forward, or left an instrumented module and
-    enter the next one.
-    """
-    tag = tag_of(x)
-    if tag is None or not x.dtype.is_floating_point:
-        return x
-    # In training a dropout in front scales values beyond their grid.
-    codes = torch.round(x / tag.step).clamp_(*float32_code_limits(tag.bits))
-    return codes.to(payload_dtype(tag.bits))

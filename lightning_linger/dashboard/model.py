@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.sites import Switches
+from lightning_linger.core.switches import Switches
 from lightning_linger.dashboard.records import STAGES, Layer, ValueHistogram
 from lightning_linger.simulate.samples import ValueSamples
 from lightning_linger.stages.summary import summary

@@ -17,7 +17,8 @@ from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.sites import FloatPart, Site
+from lightning_linger.core.sites import Site
+from lightning_linger.core.switches import FloatPart
 from lightning_linger.presets.nics_fix import STATISTICS
 
 Kind = Literal["weight", "bias", "activation"]

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.sites import FloatPart, FrozenPart, Site
+from lightning_linger.core.sites import Site
+from lightning_linger.core.switches import FloatPart, FrozenPart
 from lightning_linger.nics_fix.items import (
     KINDS,
     PARTS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
-from lightning_linger.core.sites import RoundedParameter
+from lightning_linger.core.switches import RoundedParameter
 from lightning_linger.stages.checkpoints import recorded_example
 
 SCALE_SUFFIX = "_fp_scale"

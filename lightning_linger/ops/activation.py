@@ -12,10 +12,11 @@ from torch import Tensor
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.graph import TensorSpec
 from lightning_linger.core.integer import integer_op, payload_dtype
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import Window
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import round_value
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.selection import at_common_step, integer_maximum

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.ops.pool import integer_max_pool
 

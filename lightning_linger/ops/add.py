@@ -24,11 +24,12 @@ from lightning_linger.core.integer import (
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops import tflite
 from lightning_linger.ops.conv import is_wide

@@ -35,10 +35,11 @@ from lightning_linger.core.integer import (
     payload_dtype,
 )
 from lightning_linger.core.limits import limited
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import Op, Part, register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.kernel import Target, in_full_precision, run_kernel, run_on_grid
 from lightning_linger.ops.matmul import last_product, product

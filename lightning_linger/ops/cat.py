@@ -17,10 +17,11 @@ from lightning_linger.core.integer import (
     payload_dtype,
     rescale,
 )
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.pairs import multiplies

@@ -23,7 +23,9 @@ from lightning_linger.core.platform import arithmetic_of, fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.arguments import to_tuple
-from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
+from lightning_linger.ops.prepared import Prepared
+from lightning_linger.ops.results import IntegerResult
+from lightning_linger.ops.weighted import WeightedOp
 
 _CONVOLUTIONS: dict[tuple[bool, int], Any] = {
     (False, 1): F.conv1d,

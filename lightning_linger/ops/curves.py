@@ -29,17 +29,18 @@ from lightning_linger.core.integer import (
     is_power_of_two,
     payload_dtype,
 )
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops import luna, tflite_curves
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.mul import integer_mul
 from lightning_linger.ops.pairs import Factor, as_factor, factor_codes
+from lightning_linger.ops.results import minimum_step
 from lightning_linger.ops.slopes import finest_of_slopes, integer_prelu
 from lightning_linger.ops.table import ENTRY_BITS, Tabulated, Tabulation, find_table, table_of
-from lightning_linger.ops.weighted import minimum_step
 
 Number = float | int | bool | str
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.integer import integer_op, payload_dtype
+from lightning_linger.core.payload import step_of
 from lightning_linger.core.registry import register
-from lightning_linger.core.sites import Site, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.ops.exact import to_codes
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.mul import MulOp

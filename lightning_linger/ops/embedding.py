@@ -19,8 +19,9 @@ from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, with_tag
 from lightning_linger.ops.folding import full
+from lightning_linger.ops.parameters import learned_on_grid, learned_step, on_grid
+from lightning_linger.ops.prepared import versions_of
 from lightning_linger.ops.refused import RefusedOp
-from lightning_linger.ops.weighted import learned_on_grid, learned_step, on_grid, versions_of
 
 _PREPARED = "table"
 # What `torch.embedding` calls the indices.

@@ -15,16 +15,17 @@ from torch import Tensor
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import integer_op, payload_dtype, rescale
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of, rounding_of
 from lightning_linger.core.registry import Part, register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops import luna
 from lightning_linger.ops.curves import CurveFunction, fraction_of
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.mul import integer_mul
+from lightning_linger.ops.results import minimum_step
 from lightning_linger.ops.table import Tabulation, find_table, table_of
-from lightning_linger.ops.weighted import minimum_step
 
 GATE = "gate"
 GATE_BITS = 16

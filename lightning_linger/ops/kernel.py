@@ -16,9 +16,10 @@ from torch import Tensor
 from lightning_linger.core.capture import without_autocast
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.integer import code_limits
+from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import Op
-from lightning_linger.core.sites import Site, integer_codes, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 
 

@@ -21,7 +21,9 @@ from lightning_linger.ops.conv import (
     storage_offset,
     stored,
 )
-from lightning_linger.ops.weighted import IntegerResult, Prepared, WeightedOp
+from lightning_linger.ops.prepared import Prepared
+from lightning_linger.ops.results import IntegerResult
+from lightning_linger.ops.weighted import WeightedOp
 
 
 class LinearCall(NamedTuple):

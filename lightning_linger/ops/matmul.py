@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.graph import TensorSpec
 from lightning_linger.core.integer import EXACT_FLOAT32, integer_op, payload_dtype
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.conv import finish_accumulator, in_one_product, is_wide
 from lightning_linger.ops.folding import full
@@ -26,7 +27,7 @@ from lightning_linger.ops.kernel import (
 )
 from lightning_linger.ops.projection import Projection
 from lightning_linger.ops.refused import RefusedOp
-from lightning_linger.ops.weighted import finish, finish_codes, integer_result, minimum_step
+from lightning_linger.ops.results import finish, finish_codes, integer_result, minimum_step
 
 # --- integer kernel -------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.movement import move
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import real_values
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.arguments import to_tuple
 

@@ -36,7 +36,7 @@ from lightning_linger.ops.pairs import (
     step_or,
     stored_zero,
 )
-from lightning_linger.ops.weighted import finish, minimum_step
+from lightning_linger.ops.results import finish, minimum_step
 
 
 @integer_op("linger::mul")

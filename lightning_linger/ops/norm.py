@@ -17,8 +17,9 @@ from lightning_linger.core.integer import (
     payload_dtype,
 )
 from lightning_linger.core.limits import limited
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.conv import finish_accumulator, is_wide
 from lightning_linger.ops.folding import (
@@ -30,16 +31,14 @@ from lightning_linger.ops.folding import (
     running_statistics,
     update_running,
 )
-from lightning_linger.ops.weighted import (
+from lightning_linger.ops.parameters import bias_headroom, finest_for_bias, on_grid
+from lightning_linger.ops.prepared import versions_of
+from lightning_linger.ops.results import (
     IntegerResult,
-    bias_headroom,
-    finest_for_bias,
     finish,
     finish_codes,
     integer_result,
     minimum_step,
-    on_grid,
-    versions_of,
 )
 
 

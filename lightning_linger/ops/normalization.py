@@ -31,23 +31,19 @@ from lightning_linger.core.integer import (
     payload_dtype,
 )
 from lightning_linger.core.limits import limited
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops import luna
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import KernelOp, Target
-from lightning_linger.ops.weighted import (
-    finest_for_bias,
-    learned_on_grid,
-    learned_step,
-    minimum_step,
-    on_grid,
-    versions_of,
-)
+from lightning_linger.ops.parameters import finest_for_bias, learned_on_grid, learned_step, on_grid
+from lightning_linger.ops.prepared import versions_of
+from lightning_linger.ops.results import minimum_step
 
 # Fraction bits of a normalized value in LUNA engines; the bias adds those of the weight.
 FRACTION = 10

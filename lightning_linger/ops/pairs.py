@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import payload_dtype
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import round_value
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.arguments import refused_arguments
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lightning_linger.core.functions import operator
 from lightning_linger.core.integer import requantize
+from lightning_linger.core.payload import step_of
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.kernel import Target, run_kernel
-from lightning_linger.ops.weighted import minimum_step
+from lightning_linger.ops.results import minimum_step
 
 
 @operator

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_linger.core.fake_quantize import Bound, straight_through
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype, rescale
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, fixed_point_of
 from lightning_linger.core.quantizer import clamped
 from lightning_linger.core.registry import Op, OutputScale, register
 from lightning_linger.core.rounding import ROUNDINGS
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, storable_codes, tag_of, with_tag
 from lightning_linger.ops import tflite
 from lightning_linger.ops.arguments import pool_tuple, to_tuple

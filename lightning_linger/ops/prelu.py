@@ -14,12 +14,14 @@ from lightning_linger.core.capture import can_read, capturing
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import payload_dtype
 from lightning_linger.core.limits import limited
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.registry import register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.kernel import KernelOp, Target
+from lightning_linger.ops.parameters import learned_on_grid, learned_step, on_grid
+from lightning_linger.ops.prepared import versions_of
 from lightning_linger.ops.slopes import finest_of_slopes, integer_prelu
-from lightning_linger.ops.weighted import learned_on_grid, learned_step, on_grid, versions_of
 
 
 class PReLUCall(NamedTuple):

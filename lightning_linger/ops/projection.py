@@ -13,24 +13,27 @@ from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import EXACT_FLOAT32, float32_code_limits, payload_dtype
 from lightning_linger.core.limits import limited
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import Target, run_kernel, without_gradients
 from lightning_linger.ops.linear import integer_linear
-from lightning_linger.ops.weighted import (
-    IntegerResult,
+from lightning_linger.ops.parameters import (
     Parameters,
     finest_for_bias,
+    learned_on_grid,
+    on_grid,
+    weight_step,
+)
+from lightning_linger.ops.prepared import versions_of
+from lightning_linger.ops.results import (
+    IntegerResult,
     finish,
     finish_codes,
     integer_result,
-    learned_on_grid,
     minimum_step,
-    on_grid,
-    versions_of,
-    weight_step,
 )
 
 

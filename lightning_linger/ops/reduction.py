@@ -11,14 +11,15 @@ from torch import Tensor
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import integer_op, payload_dtype, rescale_fixed_point
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.registry import register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.arguments import reduced_dims, refused_arguments
 from lightning_linger.ops.exact import quotient, to_codes
 from lightning_linger.ops.kernel import KernelOp, Target
-from lightning_linger.ops.weighted import minimum_step
+from lightning_linger.ops.results import minimum_step
 
 
 class ReduceCall(NamedTuple):

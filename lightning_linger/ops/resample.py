@@ -24,10 +24,11 @@ from torch import Tensor
 from lightning_linger.core.fake_quantize import fake_quantize
 from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import code_limits, integer_op, payload_dtype
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops import tflite
 from lightning_linger.ops.exact import to_codes

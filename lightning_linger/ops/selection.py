@@ -16,9 +16,10 @@ from torch import Tensor
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import integer_op, requantize
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.arguments import reduced_dims, refused_arguments
 from lightning_linger.ops.reduction import ReduceCall

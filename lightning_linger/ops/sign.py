@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.integer import code_limits, integer_op
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import integer_op, is_power_of_two, payload_dtype
+from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of, fixed_point_of
 from lightning_linger.core.registry import register
-from lightning_linger.core.sites import Site, integer_codes, step_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.ops import luna, tflite, tflite_curves
 from lightning_linger.ops.arguments import to_tuple

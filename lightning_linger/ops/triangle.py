@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op, register
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.select import integer_masked_fill

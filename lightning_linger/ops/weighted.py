@@ -1,32 +1,24 @@
-"""What convolutions and linear layers share: weights, biases, folding, exact accumulation."""
+"""What convolutions and linear layers share: folding, the three number systems, evaluation."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import can_read, capturing, without_autocast
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import Scalar, straight_through
 from lightning_linger.core.images import is_raw
 from lightning_linger.core.integer import (
-    EXACT_FLOAT32,
-    code_limits,
     float32_code_limits,
-    payload_dtype,
 )
 from lightning_linger.core.limits import limited
-from lightning_linger.core.quantizer import readable
-from lightning_linger.core.ranges import LearnedScale
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op
-from lightning_linger.core.rounding import ROUNDINGS, Rounder, round_value
-from lightning_linger.core.sites import Site, integer_codes
-from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
+from lightning_linger.core.sites import Site
+from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.folding import (
     COMPLETE,
     TINY_FACTOR,
@@ -43,56 +35,21 @@ from lightning_linger.ops.folding import (
     uses_batch_statistics,
 )
 from lightning_linger.ops.groups import group_steps
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The effective weight and bias of a layer.
-
-    Args:
-        weight: Of the shape the torch function takes.
-        bias: ``[C_out]`` or None.
-        step: Step of the weight, 0-dim or ``[C_out]``; None if the weight is not quantized.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    step: Scalar | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A layer's parameters in evaluation, derived once.
-
-    Args:
-        weight: On the integer grid, real values; divided by the output's step if ``in_codes``.
-        bias: Likewise, and half a code added if ``in_codes``.
-        in_codes: Whether the layer gives its output in codes plus one half, so that rounding it
-            up is a floor.
-        codes: The weight's codes.
-        bias_codes: The bias's codes, int32; None too where it is added to real results.
-        steps: Steps of the weight, one or one per output channel.
-        scale_x: Step of the input.
-        bits_x: Width of the input.
-        exact_in_float32: Whether every accumulator, bias and rounding half included, stays below
-            2^24 for any input codes, so that float32 arithmetic is exact.
-        result: What the output is rounded to, if ``in_codes``.
-        validity: What it was derived from.
-        source: The weight it was derived from, if that has no identity of its own.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    in_codes: bool
-    codes: Tensor
-    bias_codes: Tensor | None
-    steps: list[float]
-    scale_x: float
-    bits_x: int
-    exact_in_float32: bool
-    result: IntegerResult | None
-    validity: tuple[Any, ...]
-    source: Tensor | None
+from lightning_linger.ops.parameters import (
+    Parameters,
+    bias_headroom,
+    finest_for_bias,
+    learned_on_grid,
+    on_grid,
+    weight_step,
+)
+from lightning_linger.ops.prepared import Prepared, is_valid, prepare_weights
+from lightning_linger.ops.results import (
+    IntegerResult,
+    finish,
+    finish_codes,
+    integer_result,
+)
 
 
 class WeightedOp(Op, ABC):
@@ -425,91 +382,13 @@ class WeightedOp(Op, ABC):
 
     def _prepare(self, site: Site, call: Any, tag: Tag) -> Prepared:
         found: Prepared | None = site.prepared.get("weights")
-        if found is not None and (capturing() or _is_valid(found, site, call)):
+        if found is not None and (capturing() or is_valid(found, site, call)):
             return found
-        step_x, bits_x = float(tag.step), tag.bits
         with torch.no_grad():
-            parameters = self._parameters(site, call, step_x)
-            step_w = torch.as_tensor(parameters.step)
-            steps = self.per_channel(call, step_w) if step_w.dim() else step_w
-            codes = torch.round(parameters.weight / steps)
-            bias_codes = None
-            if parameters.bias is not None and not site.gives_real_results:
-                bias_codes = torch.round(parameters.bias.double() / (step_w.double() * step_x))
-            bound = self.channel_reduce(call, codes.double(), "sum") * 2.0 ** (bits_x - 1)
-            channels = bound.numel()
-            if bias_codes is not None:
-                bound = bound + bias_codes.abs()
-            exact = self._fits_float32(site, bound.max().item(), step_x, step_w)
-            weight, bias, in_codes, result = parameters.weight, parameters.bias, False, None
-            if exact and self._gives_codes(site):
-                step_o = self._output_step(site, step_x, step_w)
-                weight, in_codes = weight / step_o, True
-                result = integer_result(site, step_x * float(step_w.max()), tag)
-                bias = weight.new_full((channels,), 0.5) if bias is None else bias / step_o + 0.5
-            found = Prepared(
-                weight=weight,
-                bias=bias,
-                in_codes=in_codes,
-                codes=codes.to(payload_dtype(site.weight_code_bits)),
-                bias_codes=None if bias_codes is None else bias_codes.to(torch.int32),
-                steps=[float(s) for s in step_w.flatten()],
-                scale_x=step_x,
-                bits_x=bits_x,
-                exact_in_float32=exact,
-                result=result,
-                validity=_validity(site, call),
-                source=call.weight.clone() if site.weight_is_computed else None,
-            )
+            parameters = self._parameters(site, call, float(tag.step))
+            found = prepare_weights(site, call, tag, parameters, self)
         site.prepared["weights"] = found
         return found
-
-    def _fits_float32(self, site: Site, bound: float, step_x: float, step_w: Tensor) -> bool:
-        if torch.get_float32_matmul_precision() != "highest" and site.widest_operand > 8:
-            return False
-        half = 0.0
-        if site.config is not None and site.config.output_bits == 32:
-            half = bound + 1.0  # added to the accumulator itself, it takes a bit of its own
-        if site.output is not None:
-            # Codes are shifted to start at zero, and a half is added.
-            offset = (2.0 ** (site.output.grid.bits - 1) + 0.5) * self._output_step(
-                site, step_x, step_w
-            )
-            half = offset / (step_x * float(step_w.min()))
-        return bound + half < EXACT_FLOAT32
-
-    def _output_step(self, site: Site, step_x: float, step_w: Tensor) -> float:
-        assert site.output is not None  # asked for quantized outputs only
-        return float(site.output.step(minimum_step(site, step_x * float(step_w.max()))))
-
-    def _gives_codes(self, site: Site) -> bool:
-        """Whether dividing by the output step is exact and nothing needs the real values."""
-        if site.output is None or site.output.grid.rounding != "half_up" or site.floating:
-            return False
-        limits = site.active_limits
-        dynamic = (
-            limits is not None and limits.output is not None and limits.output.kind != "static"
-        )
-        return site.output.grid.scale_kind == "power_of_two" and not dynamic
-
-
-@dataclass(frozen=True)
-class IntegerResult:
-    """What an integer kernel has to produce.
-
-    Args:
-        scale: Step of the result; 0 asks for real values in float32.
-        bits: Width of the result.
-        low: Smallest code.
-        high: Largest code.
-        tag: Tag of the result, None for real values.
-    """
-
-    scale: float
-    bits: int
-    low: int
-    high: int
-    tag: Tag | None
 
 
 def with_image(site: Site, call: Any) -> Any:
@@ -517,259 +396,6 @@ def with_image(site: Site, call: Any) -> Any:
     if not is_raw(call.input):
         return call
     return call._replace(input=site.image(call.input).to(call.weight.dtype))
-
-
-def finest_for_bias(
-    bias: Tensor | None, step_x: Scalar, bits: int, headroom: float = 1.0
-) -> Tensor | None:
-    """Return the finest weight step, per channel, at which the bias fits its codes.
-
-    Args:
-        bias: ``[C]``, or None.
-        step_x: Step of the input.
-        bits: Width of the bias.
-        headroom: How many times the bias has to fit.
-    """
-    if bias is None:
-        return None
-    return bias.detach().abs().float() * headroom / (step_x * float32_code_limits(bits)[1])
-
-
-def bias_headroom(site: Site) -> float:
-    """Return what part of the bias codes is left to the sum: TFLite's converter keeps half."""
-    return 2.0 if site.fixed_point else 1.0
-
-
-def integer_result(site: Site, product: float, tag: Tag) -> IntegerResult:
-    """Return what a kernel has to produce from an accumulator of step ``product``.
-
-    Args:
-        site: The layer.
-        product: Step of the accumulator, the coarsest of its channels.
-        tag: Tag of the input.
-    """
-    output = site.output
-    if output is None:
-        if site.config is not None and site.config.output_bits == 32:
-            limits = _limited_codes(site, product, *code_limits(32))
-            return IntegerResult(product, 32, *limits, Tag(product, 32, site.key, tag.dtype))
-        return IntegerResult(0.0, 0, 0, 0, None)
-    step = output.latest_step = float(output.step(minimum_step(site, product)))
-    low, high = (int(bound) for bound in output.code_bounds(step))
-    if not _only_caps(site):
-        low, high = _limited_codes(site, step, low, high)
-    return IntegerResult(step, output.grid.code_bits, low, high, output.tag(step, tag.dtype))
-
-
-def _only_caps(site: Site) -> bool:
-    """Whether an output limit cuts the observed range instead of the values (a static one)."""
-    limits = site.active_limits
-    return limits is None or limits.output is None or limits.output.kind == "static"
-
-
-def _limited_codes(site: Site, step: float, low: int, high: int) -> tuple[int, int]:
-    """Cut code bounds at the output limit; rounding is monotone, so this is limiting first."""
-    bound = site.output_limit()
-    if bound is None:
-        return low, high
-    # Without a tensor, whose values a graph capture would hide.
-    lowest, highest = (round_value(edge / step, site.rounding) for edge in (-bound, bound))
-    return max(low, lowest), min(high, highest)
-
-
-def _accumulator_output(site: Site, y: Tensor, product: Scalar, dtype: torch.dtype) -> Tensor:
-    """Round a result to the 32-bit grid of its accumulator, with the gradient of the identity."""
-    with torch.no_grad():
-        low, high = code_limits(32)
-        codes = ROUNDINGS[site.rounding](y.double() / product)
-        values = (codes.clamp_(low, high) * product).to(dtype)
-    y = straight_through(values, y.to(dtype))
-    return with_tag(y, Tag(product, 32, site.key, dtype))
-
-
-def weight_step(
-    site: Site, rows: Tensor, finest: Tensor | None = None, name: str = "weight"
-) -> Scalar:
-    """Return the step of a weight.
-
-    Args:
-        site: The site, whose weight grid and range estimator apply.
-        rows: Detached weight, ``[1, N]`` for one step, ``[C, N]`` for one per channel.
-        finest: ``[C]``: the finest step, because a bias has to fit its codes; None for no bound.
-        name: Tells the weights of the site apart.
-
-    Returns:
-        ``[C]`` per channel; for one step a float where values can be read, else a 0-dim tensor.
-    """
-    grid = site.weight_grid
-    assert grid is not None  # the planner gives one to every op that has parameters
-    per_channel = site.granularity == "channel"
-    finest = finest if finest is None or per_channel else finest.amax()
-    learned = site.learned_scale(name)
-    if learned is not None:
-        step = learned_step(site, learned, rows)
-        if finest is not None:
-            step = torch.maximum(step, grid.step(finest * grid.qmax))
-        return step if per_channel or not can_read(step) else step.item()
-    reach = site.weight_reach(rows)
-    if not per_channel:
-        reach = reach[0]
-    if finest is not None:
-        reach = torch.maximum(reach, finest * grid.qmax)
-    if per_channel:
-        return grid.step(reach)
-    return grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
-
-
-def learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
-    """Return a learned step; the first training step with gradients takes it over."""
-    if not learned.started:
-        reach = site.weight_reach(rows)
-        if not (site.moves_weight_ranges and torch.is_grad_enabled()):
-            return learned.step_of(reach)
-        learned.follow(reach)
-        learned.start()
-    return learned.step()
-
-
-def on_grid(
-    x: Tensor,
-    step: Scalar,
-    limits: tuple[int, int],
-    rounding: str | Rounder,
-    clips: bool = False,
-) -> Tensor:
-    """Round a parameter to its grid.
-
-    Args:
-        x: The parameter.
-        step: Its step.
-        limits: Smallest and largest code.
-        rounding: How to round.
-        clips: Whether its range may leave values out, which then have no gradient. Otherwise the
-            range is the parameter's own absolute maximum, and the gradient is the identity.
-    """
-    usable = readable(step, x)
-    if clips:
-        return fake_quantize(x, usable, *limits, rounding)
-    return straight_through(fake_quantize(x.detach(), usable, *limits, rounding), x)
-
-
-def learned_on_grid(
-    x: Tensor,
-    step: Scalar,
-    limits: tuple[int, int],
-    rounding: str | Rounder,
-    learned: LearnedScale,
-    parameter: Tensor,
-) -> Tensor:
-    """Round a weight to its grid with gradients for it and for its learned range.
-
-    Args:
-        x: The weight.
-        step: Its step.
-        limits: Smallest and largest code.
-        rounding: How to round.
-        learned: The learned range.
-        parameter: Its parameter in a shape that broadcasts to the weight.
-    """
-    usable = readable(step, x)
-    rounded = fake_quantize(x.detach(), usable, *limits, rounding)
-    if not torch.is_grad_enabled():
-        return rounded
-    return learned.carry(rounded, x, usable, *limits, parameter)
-
-
-def minimum_step(site: Site, product: Scalar | None) -> Scalar | None:
-    """Return the finest step a result may have, given the step of its accumulator."""
-    return product if site.platform is not None and site.platform.right_shift_only else None
-
-
-def finish(
-    site: Site,
-    y: Tensor,
-    product: Scalar | None,
-    quantized: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Limit and quantize the result of a layer.
-
-    Args:
-        site: The layer.
-        y: Its result, float64 where float32 could not hold the accumulator.
-        product: Step of the accumulator, None if not quantized.
-        quantized: Whether the layer is quantized now.
-        dtype: The dtype the model expects.
-    """
-    limits = site.active_limits
-    static = limits is not None and limits.output is not None and limits.output.kind == "static"
-    if not (quantized and site.output is not None and static):
-        y = site.limit_output(y)
-    if not quantized:
-        if site.watching:
-            site.watch_result(y)
-        return y.to(dtype)
-    if site.output is None:
-        if site.config is not None and site.config.output_bits == 32 and product is not None:
-            return _accumulator_output(site, y, product, dtype)
-        return y.to(dtype)
-    cap = limits.output.value if static and limits and limits.output else math.inf
-    if site.learning:
-        site.output.observe(y, cap)
-    step = site.output.step(minimum_step(site, product))
-    return site.output.round(y, step, dtype, overwrite=not capturing())
-
-
-def finish_codes(
-    site: Site,
-    codes: Tensor,
-    result: IntegerResult,
-    dtype: torch.dtype,
-    real: Callable[[], Tensor],
-) -> Tensor:
-    """Return what an integer kernel produced as the site's result, in evaluation.
-
-    Args:
-        site: The site.
-        codes: Codes, or real values if ``result`` asks for them.
-        result: What the kernel had to produce.
-        dtype: The dtype the model expects.
-        real: The float function, for its gradient.
-    """
-    integers = site.switches.system == "integer"
-    if result.tag is None:
-        value = site.limit_output(codes).to(dtype)
-    elif integers:
-        value = codes
-    else:
-        wide = codes.double() if result.bits > WIDEST_OPERAND else codes.to(dtype)
-        value = (wide * result.scale).to(dtype)
-    if torch.is_grad_enabled() and not integers:
-        carrier = site.limit_output(real())
-        if result.tag is not None:
-            carrier = carrier.clamp(result.low * result.scale, result.high * result.scale)
-        value = straight_through(value, carrier.to(dtype))
-    return value if result.tag is None else with_tag(value, result.tag)
-
-
-def versions_of(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:
-    """Return what changes when one of the tensors is replaced or written to."""
-    return tuple(
-        (t.data_ptr(), t._version) for t in tensors if t is not None and not t.is_inference()
-    )
-
-
-def _is_valid(found: Prepared, site: Site, call: Any) -> bool:
-    same_weight = found.source is None or torch.equal(found.source, call.weight)
-    return same_weight and found.validity == _validity(site, call)
-
-
-def _validity(site: Site, call: Any) -> tuple[Any, ...]:
-    bn: Any = site.active_fold
-    tensors = [None if site.weight_is_computed else call.weight, call.bias]
-    if bn is not None:
-        tensors += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    return (versions_of(tensors), site.switches.fuse, site.switches.normalize)
 
 
 def _surely_none(mask: Tensor) -> bool:

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_linger.core.calls import Event, Tap
 from lightning_linger.core.fake_quantize import Bound
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.quantizer import Window
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.simulate.integer import number_system
 from lightning_linger.simulate.metrics import (

@@ -28,7 +28,8 @@ from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_o
 from lightning_linger.ops.conv import ConvOp
 from lightning_linger.ops.folding import TINY_FACTOR, running_factor
 from lightning_linger.ops.groups import group_steps
-from lightning_linger.ops.weighted import Parameters, WeightedOp
+from lightning_linger.ops.parameters import Parameters
+from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.stages.forwards import (
     Forward,
     call_of,

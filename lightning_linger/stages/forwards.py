@@ -19,7 +19,8 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.weighted import Parameters, WeightedOp, with_image
+from lightning_linger.ops.parameters import Parameters
+from lightning_linger.ops.weighted import WeightedOp, with_image
 from lightning_linger.stages.calibrate import run_batch
 from lightning_linger.stages.prepare import check_example
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.sites import FROZEN_PARTS, FrozenPart
+from lightning_linger.core.switches import FROZEN_PARTS, FrozenPart
 from lightning_linger.stages.learned import learned_ranges
 from lightning_linger.stages.selection import QUANT_MARK, Selection, matches
 

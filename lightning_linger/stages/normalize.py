@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_linger.core.config import Limit, LimitGradient, NormalizeConfig
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.sites import Limits, Site
+from lightning_linger.core.limits import Limits
+from lightning_linger.core.sites import Site
 from lightning_linger.stages.journal import log_switch
 from lightning_linger.stages.selection import NORMALIZE_MARK, Fields, Selection
 

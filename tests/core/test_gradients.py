@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_linger as linger
 from lightning_linger import ConfigError, QuantConfig, UnsupportedError
 from lightning_linger.core.gradients import GradientQuantizer
-from lightning_linger.core.sites import Switches
+from lightning_linger.core.switches import Switches
 from tests.models import Chain, assert_integer_exact, site_of
 
 

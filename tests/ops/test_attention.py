@@ -16,7 +16,7 @@ from lightning_linger import QuantConfig
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.integer import code_limits, payload_dtype
-from lightning_linger.core.sites import real_values
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.tags import tag_of
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.ops.attention import integer_add_mask

@@ -23,8 +23,9 @@ from lightning_linger.core.calls import Event
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.integer import code_limits
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.registry import all_ops, op_of
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.capture import flat_tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_linger.core.integer import payload_dtype
-from lightning_linger.core.sites import integer_codes, real_values
+from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.tags import tag_of, with_tag
 
 Level = Literal[0, 1, 2]

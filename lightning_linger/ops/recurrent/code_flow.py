@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.integer import dequantize
-from lightning_linger.core.sites import Site, integer_codes, real_values
+from lightning_linger.core.payload import integer_codes, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.activation import integer_clamp
 from lightning_linger.ops.cat import integer_cat
@@ -36,7 +37,7 @@ from lightning_linger.ops.recurrent.kernels import (
     integer_lstm,
     integer_rnn,
 )
-from lightning_linger.ops.weighted import integer_result
+from lightning_linger.ops.results import integer_result
 
 
 class CodeFlow(Flow):

@@ -19,8 +19,9 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import requantize
+from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.sites import Site, integer_codes, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.projection import Projection

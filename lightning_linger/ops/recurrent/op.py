@@ -11,9 +11,10 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing, without_autocast
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fake_quantize import straight_through
+from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import Op, Part
-from lightning_linger.core.sites import Site, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
 from lightning_linger.ops.recurrent.call import (
     RecurrentCall,

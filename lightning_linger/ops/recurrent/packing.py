@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_linger.core.capture import capturing
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.integer import code_limits
+from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import round_value
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.selection import at_common_step
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lightning_linger.core.fake_quantize import straight_through
 from lightning_linger.core.integer import code_limits
+from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.sites import Site, integer_codes, real_values
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import with_tag
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.folding import full
+from lightning_linger.ops.parameters import Parameters as Quantized
 from lightning_linger.ops.recurrent.arithmetic import (
     CELL_STEP,
     HiddenGrid,
@@ -41,7 +43,6 @@ from lightning_linger.ops.recurrent.kernels import (
     from_rows,
     to_rows,
 )
-from lightning_linger.ops.weighted import Parameters as Quantized
 
 
 class RealFlow(Flow):

@@ -12,7 +12,8 @@ import lightning_linger as linger
 from lightning_linger import QuantConfig
 from lightning_linger.core.calls import Event
 from lightning_linger.core.instrumentation import instrumentation_of
-from lightning_linger.core.sites import Site, integer_codes
+from lightning_linger.core.payload import integer_codes
+from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of
 from tests.models import train
 
