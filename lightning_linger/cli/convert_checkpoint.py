@@ -15,7 +15,7 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import STATE_NAME
 from lightning_linger.export.catch import from_catch, read_layers, to_catch
 from lightning_linger.export.files import check_target, write_atomically
-from lightning_linger.nn.checkpoints import check_layout, convert, find_layers
+from lightning_linger.nn.conversion import check_layout, convert, find_layers
 from lightning_linger.stages.checkpoints import read_checkpoint
 
 _DESCRIPTION = """\

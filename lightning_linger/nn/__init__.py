@@ -1,6 +1,6 @@
 """Layers that PyTorch lacks, and conversion of their checkpoints."""
 
-from lightning_linger.nn.checkpoints import (
+from lightning_linger.nn.conversion import (
     LAYOUTS,
     asr_to_lstmp,
     convert,
