@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from lightning_linger.core.calls import (
-    Event,
-    ModuleCall,
-    SiteCall,
-    Tap,
-    in_order,
-    out_of_place,
-    plain_values,
-    run_site,
-)
-from lightning_linger.core.capture import capturing
-from lightning_linger.core.errors import ConfigError, NotReadyError, QuantizationWarning
+from lightning_linger.core.calls import ModuleCall, Tap
+from lightning_linger.core.errors import ConfigError, NotReadyError
 from lightning_linger.core.frames import Activation, Frame
-from lightning_linger.core.functions import Canonical, canonical_of
+from lightning_linger.core.function_mode import FunctionMode
 from lightning_linger.core.graph import Graph
-from lightning_linger.core.locations import caller_location
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.payload import real_values
 from lightning_linger.core.ranges import LearnedScale
@@ -40,12 +27,12 @@ from lightning_linger.core.recipe import (
     value_to_plain,
 )
 from lightning_linger.core.recorder import Recorder
-from lightning_linger.core.registry import Op, op_of
+from lightning_linger.core.registry import op_of
 from lightning_linger.core.sharding import class_name, gathers_parameters
 from lightning_linger.core.sites import Site
 from lightning_linger.core.state import switch_back, what_is_on
 from lightning_linger.core.switches import Switches
-from lightning_linger.core.tags import drop_tag, tag_of, with_tag
+from lightning_linger.core.tags import tag_of, with_tag
 from lightning_linger.core.widths import Widths, set_widths, widths_of
 
 STATE_NAME = "_linger"
@@ -55,21 +42,6 @@ EXTRA_STATE = "_extra_state"
 ROOM_PER_SITE = 1024
 # A module without parameters whose call is to be seen wherever it is made.
 POINT_MARK = "_linger_point"
-
-# The stubs of torch have no getset descriptors.
-_DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-_IS_FLOATING_POINT = {torch.is_floating_point, torch.Tensor.is_floating_point}
-
-
-class _Mode(TorchFunctionMode):
-    def __init__(self, instrumentation: Instrumentation) -> None:
-        super().__init__()
-        self.instrumentation = instrumentation
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return self.instrumentation.call(func, args, kwargs or {})
 
 
 class Instrumentation(nn.Module):
@@ -104,7 +76,7 @@ class Instrumentation(nn.Module):
         self.noise: Noise | None = None
         self.learned: list[LearnedScale] = []
         self._learned_versions: list[tuple[int, int]] = []
-        self._mode: Any = _Mode(self)
+        self._mode: Any = FunctionMode(self)
         # What each stage was planned with, in the order of planning, and the marks it found.
         self.plans: dict[str, Any] = {}
         self.marks: dict[str, Any] = {}
@@ -120,7 +92,6 @@ class Instrumentation(nn.Module):
         self.example: dict[str, Any] | None = None
         # The dataflow and the classes of the modules, as they are written into checkpoints.
         self._recorded: dict[str, Any] = {}
-        self._warned: set[str] = set()
         self._frames: dict[str, Frame] = {}
         self._handles: list[Any] = []
         for path, module in root.named_modules():
@@ -347,153 +318,6 @@ class Instrumentation(nn.Module):
         if self.switches.system == "integer" and self.switches.quantize:
             return tree_map_only(Tensor, _real_with_tag, output)
         return None
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one torch function of the model."""
-        if self.paused:
-            return func(*args, **kwargs)
-        canonical = canonical_of(func)
-        if self.recorder is not None:
-            return self.recorder.call(func, canonical, args, kwargs, self.stack[-1])
-        if canonical is None:
-            return self._run_plain(func, args, kwargs, inplace=False)
-        if canonical.query:
-            return self._answer(func, args, kwargs)
-        op = op_of(canonical.op)
-        if op is None or not op.takes(args, kwargs):
-            return self._run_plain(func, args, kwargs, canonical.inplace)
-        if not op.has_site:
-            return op.move(func, args, kwargs)
-        site = self._find_site(op, args, kwargs)
-        system = site.system() if site is not None else None
-        if site is None or system is None:
-            result = self._run_plain(func, args, kwargs, canonical.inplace)
-        else:
-            if system == "float" and self.switches.system == "integer":
-                args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
-            if not capturing() and has_torch_function((self,)):
-                site_call = SiteCall(self, site, system, canonical, func, args, kwargs)
-                result = handle_torch_function(run_site, (self,), site_call)
-            else:
-                result = self.run_site(site, system, canonical, func, args, kwargs)
-        if self.tap is not None and site is not None:
-            self._notify(self.tap, site, canonical, func, args, kwargs, result)
-        return result
-
-    def run_site(
-        self,
-        site: Site,
-        system: str,
-        canonical: Canonical,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run one call of a site in a number system."""
-        op = site.op
-        call = op.bind(*in_order(args, canonical), **kwargs)
-        if system == "float":
-            result = op.run_float(site, call)
-            if site.watching:
-                return self._watch(site, call, result, canonical, func, args, kwargs)
-        elif site.passes_float:
-            result = self._run_passing(site, call, func, args, kwargs)
-        else:
-            result = (op.run_fake if system == "fake" else op.run_integer)(site, call)
-            if site.released and result is not NotImplemented:
-                # A clone has no tag and nobody's gradient depends on its memory.
-                result = tree_map_only(Tensor, lambda x: real_values(x).clone(), result)
-        if result is NotImplemented:
-            return self._run_plain(func, args, kwargs, canonical.inplace)
-        return result
-
-    def _watch(
-        self,
-        site: Site,
-        call: Any,
-        result: Any,
-        canonical: Canonical,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Move the ranges of a site by a float forward, and return its result."""
-        site.watch_operands(site.op.operands(call))
-        plain = result is NotImplemented
-        if plain:
-            result = self._run_plain(func, args, kwargs, canonical.inplace)
-        # A layer that has a batch norm to come is observed behind it.
-        finished = not plain and site.op.rounds_parts_apart
-        if isinstance(result, Tensor) and not finished and not site.completes_fold:
-            site.watch_result(result)
-        return result
-
-    def _run_passing(
-        self, site: Site, call: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a call in float, with the tag that its result would have on the grid."""
-        result = site.op.run_float(site, tree_map_only(Tensor, plain_values, call))
-        if result is NotImplemented:
-            args, kwargs = tree_map_only(Tensor, plain_values, (args, kwargs))
-            result = func(*args, **{**kwargs, **out_of_place(kwargs)})
-        assert site.output is not None  # `passes_float` says so
-        return site.output(result, learn=site.learning)
-
-    def _notify(
-        self,
-        tap: Tap,
-        site: Site,
-        canonical: Canonical,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,
-    ) -> None:
-        site_call = SiteCall(self, site, site.system() or "float", canonical, func, args, kwargs)
-        tap(Event(site, site_call.bound(), result, site_call.run_float))
-
-    def _find_site(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
-        activation = self.stack[-1]
-        index = activation.count(op.kind)
-        known = activation.sites.get(op.kind)
-        if known is not None and index < len(known):
-            return known[index]
-        if self.switches.quantize and not torch.compiler.is_compiling():
-            leaves = tree_leaves((args, kwargs))
-            if not op.needs_quantized_operand or any(tag_of(leaf) for leaf in leaves):
-                self._warn_unknown(activation.key(op.kind, index))
-        return None
-
-    def _warn_unknown(self, key: str) -> None:
-        if key in self._warned:
-            return
-        self._warned.add(key)
-        warnings.warn(
-            f"`{key}` at {caller_location()} was not met when the sites were found and stays "
-            "float. Pass example inputs that reach it to `linger.prepare`.",
-            QuantizationWarning,
-            stacklevel=2,
-        )
-
-    def _run_plain(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inplace: bool
-    ) -> Any:
-        if self.switches.system == "integer":
-            args, kwargs = tree_map_only(Tensor, real_values, (args, kwargs))
-        result = func(*args, **kwargs)
-        if inplace and args and isinstance(args[0], Tensor):
-            drop_tag(args[0])
-        return result
-
-    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a question about a tensor; integers answer as the real values they stand for."""
-        if self.switches.system == "integer" and args:
-            tag = tag_of(args[0])
-            if tag is not None and func == _DTYPE_GETTER:
-                return tag.dtype
-            if tag is not None and func in _IS_FLOATING_POINT:
-                return tag.dtype.is_floating_point
-        return func(*args, **kwargs)
 
 
 def _keep_what_is_missing(

@@ -50,8 +50,12 @@ class IntegerOp(Generic[P, R]):
         run: Callable[P, R] = self._op if capturing() else self._function
         return run(*args, **kwargs)
 
-    def register_fake(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Register what the op's result looks like, for captures."""
+    def register_fake(self, function: Callable[..., R]) -> Callable[..., R]:
+        """Register what the op's result looks like, for captures.
+
+        Args:
+            function: Takes the op's arguments in their order, as many as it reads by name.
+        """
         self._op.register_fake(function)
         return function
 
@@ -158,9 +162,7 @@ def quantize(
 
 
 @quantize.register_fake
-def _(
-    x: Tensor, scale: float, bits: int, low: int, high: int, rounding: str, platform: str
-) -> Tensor:
+def _(x: Tensor, scale: float, bits: int, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits))
 
 
@@ -171,7 +173,7 @@ def dequantize(x: Tensor, scale: float, platform: str) -> Tensor:
 
 
 @dequantize.register_fake
-def _(x: Tensor, scale: float, platform: str) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -212,15 +214,5 @@ def requantize(
 
 
 @requantize.register_fake
-def _(
-    x: Tensor,
-    scale_x: float,
-    scale_o: float,
-    bits_x: int,
-    bits: int,
-    rounding: str,
-    platform: str,
-    low: int | None = None,
-    high: int | None = None,
-) -> Tensor:
+def _(x: Tensor, scale_x: float, scale_o: float, bits_x: int, bits: int, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits))

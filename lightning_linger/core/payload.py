@@ -5,16 +5,12 @@ from torch import Tensor
 
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.integer import dequantize, float32_code_limits, payload_dtype
-from lightning_linger.core.tags import tag_of
+from lightning_linger.core.tags import tag_held_by, tag_of
 
 
 def step_of(x: Tensor) -> Scalar:
-    """Return the step of a tagged tensor."""
-    tag = tag_of(x)
-    if tag is None:
-        msg = "internal: the tensor carries no tag."
-        raise RuntimeError(msg)
-    return tag.step
+    """Return the step of a tensor that must be tagged."""
+    return tag_held_by(x).step
 
 
 def real_values(x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Quantizer(nn.Module):
 
     def assume(self, absmax: float) -> None:
         """Take a range that comes from no batch."""
-        self.estimator.assume(absmax)
+        self.estimator.adopt(-absmax, absmax)
         self.thaw()
 
     def watch(self, x: Tensor, cap: float = math.inf) -> None:
@@ -245,7 +245,7 @@ class Quantizer(nn.Module):
         """
         if not self.rounds:
             return self.passed(values, step, dtype)
-        usable = readable(step, values)
+        usable = readable(step)
         if isinstance(usable, float):
             self.latest_step = usable
         low, high = self.code_bounds(usable)
@@ -357,7 +357,7 @@ def _learned(kind: str, grid: Grid, name: str) -> LearnedScale:
     return LearnedRange(kind, grid, name) if grid.affine else LearnedScale(kind, grid)
 
 
-def readable(step: Scalar, x: Tensor) -> Scalar:
+def readable(step: Scalar) -> Scalar:
     """Return a step as a float where it can be read, which the fused kernel needs."""
     if isinstance(step, Tensor) and can_read(step):
         return float(step.item()) if step.numel() == 1 else step

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.frames import Activation
 from lightning_linger.core.functions import Canonical
 from lightning_linger.core.graph import Node, Run, TensorSpec
 from lightning_linger.core.locations import (
@@ -18,9 +19,6 @@ from lightning_linger.core.locations import (
 )
 from lightning_linger.core.registry import op_of
 from lightning_linger.core.tags import takes_activations
-
-if TYPE_CHECKING:
-    from lightning_linger.core.frames import Activation
 
 
 class WholeModelRan(BaseException):

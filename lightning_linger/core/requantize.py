@@ -44,7 +44,7 @@ def requantized(
     tag_after = dataclasses.replace(
         tag, step=step, bits=bits, site=site, zero_point=None, rounded=True
     )
-    usable = readable(step, x)
+    usable = readable(step)
     real = fake and x.dtype.is_floating_point
     if real:
         y = fake_quantize(x, usable, *code_limits(bits), rounding)

@@ -1,5 +1,8 @@
 """Tags: what a tensor that flows between quantized ops carries about its quantization."""
 
+from __future__ import annotations
+
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +56,14 @@ class Tag:
         """The smallest and the largest code that an engine can store."""
         return storable_codes(self.bits, self.zero_point)
 
+    def at(self, site: str) -> Tag:
+        """Return the tag of a tensor that another site has made on the same grid.
+
+        Args:
+            site: Its key.
+        """
+        return dataclasses.replace(self, site=site)
+
 
 def storable_codes(bits: int, zero_point: Bound | None) -> tuple[Bound, Bound]:
     """Return the smallest and the largest code that an engine can store.
@@ -71,10 +82,29 @@ def tag_of(x: object) -> Tag | None:
     return getattr(x, _ATTRIBUTE, None) if isinstance(x, Tensor) else None
 
 
+def tag_held_by(x: Tensor) -> Tag:
+    """Return the tag of a tensor that must have one, as operands and results of sites do.
+
+    Raises:
+        RuntimeError: If it has none, which is an error of the library.
+    """
+    tag = tag_of(x)
+    if tag is None:
+        msg = "internal: the tensor carries no tag."
+        raise RuntimeError(msg)
+    return tag
+
+
 def with_tag(x: Tensor, tag: Tag) -> Tensor:
     """Set the tag of ``x`` and return ``x``."""
     setattr(x, _ATTRIBUTE, tag)
     return x
+
+
+def with_tag_of(source: Tensor, x: Tensor) -> Tensor:
+    """Set the tag of ``source``, if it has one, on ``x`` and return ``x``."""
+    tag = tag_of(source)
+    return x if tag is None else with_tag(x, tag)
 
 
 def drop_tag(x: Tensor) -> None:

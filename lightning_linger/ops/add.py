@@ -30,7 +30,7 @@ from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops import tflite
 from lightning_linger.ops.conv import is_wide
 from lightning_linger.ops.pairs import (
@@ -112,11 +112,7 @@ def _(
     scale_y: float,
     scale_o: float,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
-    round_operands: bool,
+    *_: object,
 ) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, y.shape)
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
@@ -224,7 +220,7 @@ class AddOp(PairOp):
             if site.platform is not None and site.platform.add == "round_operands":
                 if output.learns_now:
                     return self._learned(x, y, step, output, dtype)
-                usable = readable(step, x if isinstance(x, Tensor) else y)
+                usable = readable(step)
                 a, own = _rounded_operand(x, usable, output)
                 b, _ = _rounded_operand(y, usable, output)
                 total = _total(a, b, self.sign, overwrite=own)
@@ -240,7 +236,7 @@ class AddOp(PairOp):
     ) -> Tensor:
         """Add with the gradient of rounding the sum once, for the range too."""
         real = _total(x, y, self.sign)
-        usable = readable(step, real)
+        usable = readable(step)
         with torch.no_grad():
             a, b = (_rounded_operand(v, usable, output)[0] for v in (x, y))
             value = _saturated(_total(a, b, self.sign), usable, step, output, dtype)
@@ -352,11 +348,10 @@ def _rounded_operand(value: Any, step: Scalar, output: Quantizer) -> tuple[Any, 
             return _constant_code(value, step, output) * step, False
         codes = ROUNDINGS[grid.rounding](value / step).clamp(grid.qmin, grid.qmax)
         return codes * step, False
-    tag = tag_of(value)
-    assert tag is not None
-    if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step, value) == step:
+    tag = tag_held_by(value)
+    if isinstance(step, float) and tag.bits == grid.bits and readable(tag.step) == step:
         return value, False
-    if isinstance(step, float) and tag.bits == grid.bits and step > readable(tag.step, value):
+    if isinstance(step, float) and tag.bits == grid.bits and step > readable(tag.step):
         return round_to_coarser(value, step, grid.rounding), True
     return fake_quantize(value, step, grid.qmin, grid.qmax, grid.rounding), False
 

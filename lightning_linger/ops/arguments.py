@@ -29,6 +29,14 @@ def reduced_dims(input: Tensor, dim: Any) -> tuple[int, ...]:
     return tuple(d % rank for d in to_tuple(dim, 1))
 
 
+def reduced_count(shape: Sequence[int], dim: Sequence[int]) -> int:
+    """Return how many values a reduction takes together."""
+    count = 1
+    for d in dim:  # a generator would stop a graph capture
+        count *= shape[d]
+    return count
+
+
 def refused_arguments(kwargs: dict[str, Any]) -> str | None:
     """Return why arguments beyond those that a call binds have no integer form, if any is given."""
     given = sorted(name for name, value in kwargs.items() if value is not None)

@@ -22,7 +22,7 @@ from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.tags import tag_held_by, tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
 from lightning_linger.ops.pairs import multiplies
 from lightning_linger.ops.selection import at_common_step
@@ -72,8 +72,7 @@ def _(
     scales: Sequence[float],
     scale_o: float,
     bits_o: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     return torch.cat([x.to(payload_dtype(bits_o)) for x in tensors], dim)
 
@@ -114,9 +113,8 @@ class JoinOp(Op):
             moved, common = at_common_step(site, parts)
             return with_tag(torch.cat(*self._arrange(moved, call.dim)), common)
         step = _coarsest([step_of(x) for x in parts])
-        tag = tag_of(parts[0])
-        assert tag is not None
-        usable = readable(step, parts[0])
+        tag = tag_held_by(parts[0])
+        usable = readable(step)
         limits = code_limits(tag.bits)
         rounded = [
             x if step_of(x) is step else fake_quantize(x, usable, *limits, site.rounding)
@@ -134,8 +132,7 @@ class JoinOp(Op):
             moved, common = at_common_step(site, parts)
             parts = [with_tag(x, common) for x in moved]
         steps = [float(step_of(x)) for x in parts]
-        tag = tag_of(parts[0])
-        assert tag is not None
+        tag = tag_held_by(parts[0])
         arranged, dim = self._arrange([integer_codes(x) for x in parts], call.dim)
         codes = integer_cat(
             arranged,

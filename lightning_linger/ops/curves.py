@@ -33,7 +33,7 @@ from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of
+from lightning_linger.core.tags import tag_held_by, tag_of
 from lightning_linger.ops import luna, tflite_curves
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.mul import integer_mul
@@ -254,15 +254,7 @@ def _bounded(x: Tensor, function: str, curves: str, scale_x: float, scale_o: flo
 
 @integer_curve.register_fake
 def _(
-    x: Tensor,
-    function: str,
-    scale_x: float,
-    scale_o: float,
-    bits_x: int,
-    bits_o: int,
-    low: int,
-    high: int,
-    platform: str,
+    x: Tensor, function: str, scale_x: float, scale_o: float, bits_x: int, bits_o: int, *_: object
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
@@ -369,8 +361,7 @@ class CurveOp(KernelOp):
     def kernel(self, site: Site, call: CurveCall, target: Target) -> Tensor:
         """Call ``linger::curve``, or read the table."""
         codes = integer_codes(call.input)
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         if not self._on_engine(site, call, target):
             asked = _asked(site, call.input, target)
             function = _tabulated(site, call.function, asked)
@@ -398,8 +389,7 @@ class CurveOp(KernelOp):
 
 
 def _asked(site: Site, x: Tensor, target: Target) -> Tabulation:
-    tag = tag_of(x)
-    assert tag is not None
+    tag = tag_held_by(x)
     return Tabulation(
         step_x=float(tag.step),
         bits_x=tag.bits,
@@ -485,8 +475,7 @@ class LeakyReLUOp(CurveOp):
         """Call ``linger::prelu``, or read the table."""
         if not _shifts(site):
             return super().kernel(site, call, target)
-        tag, slope = tag_of(call.input), _slope(site, call)
-        assert tag is not None
+        tag, slope = tag_held_by(call.input), _slope(site, call)
         codes = integer_codes(call.input)
         return integer_prelu(
             codes,

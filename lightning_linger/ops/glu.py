@@ -19,7 +19,7 @@ from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of, rounding_of
 from lightning_linger.core.registry import Part, register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of
+from lightning_linger.core.tags import tag_held_by
 from lightning_linger.ops import luna
 from lightning_linger.ops.curves import CurveFunction, fraction_of
 from lightning_linger.ops.kernel import KernelOp, Target
@@ -81,15 +81,7 @@ def integer_glu(
 
 @integer_glu.register_fake
 def _(
-    x: Tensor,
-    dim: int,
-    scale_x: float,
-    scale_o: float,
-    bits_x: int,
-    bits_o: int,
-    low: int,
-    high: int,
-    platform: str,
+    x: Tensor, dim: int, scale_x: float, scale_o: float, bits_x: int, bits_o: int, *_: object
 ) -> Tensor:
     return x.chunk(2, dim)[0].to(payload_dtype(bits_o))
 
@@ -125,8 +117,7 @@ class GLUOp(KernelOp):
 
     def kernel(self, site: Site, call: GLUCall, target: Target) -> Tensor:
         """Call ``linger::glu``, or the table and ``linger::mul``."""
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         codes, step = integer_codes(call.input), float(tag.step)
         if _on_engine(site):
             return integer_glu(
@@ -163,8 +154,7 @@ def _on_engine(site: Site) -> bool:
 
 
 def _gate_table(site: Site, x: Tensor) -> Tabulation:
-    tag = tag_of(x)
-    assert tag is not None
+    tag = tag_held_by(x)
     quantizer = site.part(GATE)
     step = float(quantizer.step())
     low, high = (int(bound) for bound in quantizer.code_bounds(step))

@@ -20,7 +20,7 @@ from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer, readable
 from lightning_linger.core.registry import Op
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def run_on_grid(
         kernel: ``kernel(step, *codes) -> codes``: its integer form on tagged payloads.
     """
     integers = site.switches.system == "integer"
-    usable = readable(tag.step, operands[0])
+    usable = readable(tag.step)
     limits = code_limits(tag.bits)
     if not integers and not (isinstance(usable, float) and all(map(_has_readable_step, operands))):
         return with_tag(fake_quantize(real(), usable, *limits, site.rounding).to(tag.dtype), tag)
@@ -254,8 +254,7 @@ def in_full_precision(site: Site, x: Tensor) -> contextlib.AbstractContextManage
 
 def _coded(x: Tensor) -> Tensor:
     """Return the codes of a tagged tensor, with a tag whose step is a number."""
-    tag = tag_of(x)
-    assert tag is not None
+    tag = tag_held_by(x)
     codes = integer_codes(x)
     step = float(tag.step)
     return with_tag(codes, Tag(step, tag.bits, tag.site, tag.dtype, tag.zero_point, tag.reach))
@@ -264,12 +263,11 @@ def _coded(x: Tensor) -> Tensor:
 def _has_readable_step(x: Tensor) -> bool:
     """Whether there are codes, and a number that they stand for."""
     tag = tag_of(x)
-    return tag is not None and tag.rounded and isinstance(readable(tag.step, x), float)
+    return tag is not None and tag.rounded and isinstance(readable(tag.step), float)
 
 
 def _dtype(operands: Sequence[Tensor]) -> torch.dtype:
-    tag = tag_of(operands[0])
-    assert tag is not None
+    tag = tag_held_by(operands[0])
     return tag.dtype
 
 

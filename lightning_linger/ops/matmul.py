@@ -16,7 +16,7 @@ from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import tag_held_by, with_tag, with_tag_of
 from lightning_linger.ops.conv import finish_accumulator, in_one_product, is_wide
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import (
@@ -103,10 +103,7 @@ def _(
     bits_x: int,
     bits_y: int,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     shape = torch.matmul(x.float(), y.float()).shape
     return x.new_empty(shape, dtype=torch.float32 if scale_o == 0.0 else payload_dtype(bits_o))
@@ -155,7 +152,7 @@ def product(
 
 def last_product(site: Site, x: Tensor, y: Tensor) -> Tensor:
     """Multiply tagged tensors to the site's own result: codes, a 32-bit accumulator or floats."""
-    tag_x, tag_y = _tag(x), _tag(y)
+    tag_x, tag_y = tag_held_by(x), tag_held_by(y)
     if site.training and site.switches.system == "fake":
         real = torch.matmul(full(x), full(y))
         return finish(site, real, tag_x.step * tag_y.step, True, tag_x.dtype)
@@ -167,7 +164,7 @@ def last_product(site: Site, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _call_kernel(site: Site, x: Tensor, y: Tensor, factor: float, target: Target) -> Tensor:
-    tag_x, tag_y = _tag(x), _tag(y)
+    tag_x, tag_y = tag_held_by(x), tag_held_by(y)
     return integer_matmul(
         x,
         y,
@@ -185,13 +182,7 @@ def _call_kernel(site: Site, x: Tensor, y: Tensor, factor: float, target: Target
 
 
 def _codes(x: Tensor) -> Tensor:
-    return with_tag(integer_codes(x), _tag(x))
-
-
-def _tag(x: Tensor) -> Tag:
-    tag = tag_of(x)
-    assert tag is not None  # operands are tagged
-    return tag
+    return with_tag(integer_codes(x), tag_held_by(x))
 
 
 # --- einsum ---------------------------------------------------------------------------------
@@ -277,23 +268,18 @@ def _arranged(x: Tensor, indices: str, groups: tuple[str, ...], sizes: dict[str,
     """Permute a tensor so that its indices stand in groups, one dimension each."""
     order = "".join(groups)
     shape = [math.prod([sizes[i] for i in group]) for group in groups]
-    return _carry(x, x.permute([indices.index(i) for i in order]).reshape(shape))
+    return with_tag_of(x, x.permute([indices.index(i) for i in order]).reshape(shape))
 
 
 def _spread(x: Tensor, indices: str, result: str, sizes: dict[str, int]) -> Tensor:
     """Give every index its dimension again, in the order of the result."""
     full_shape = x.reshape([sizes[i] for i in indices])
-    return _carry(x, full_shape.permute([indices.index(i) for i in result]))
+    return with_tag_of(x, full_shape.permute([indices.index(i) for i in result]))
 
 
 def _sizes(found: Contraction, x: Tensor, y: Tensor) -> dict[str, int]:
     pairs = (*zip(found.x, x.shape, strict=True), *zip(found.y, y.shape, strict=True))
     return dict(pairs)
-
-
-def _carry(source: Tensor, x: Tensor) -> Tensor:
-    tag = tag_of(source)
-    return x if tag is None else with_tag(x, tag)
 
 
 # --- ops ------------------------------------------------------------------------------------
@@ -388,12 +374,12 @@ class ProductOp(Op):
         turned = side == 0 and x.dim() > 1
         rows = weight.view(1, -1) if weight.dim() == 1 else weight
         matrix = rows.t() if side == 1 and weight.dim() == 2 else rows
-        y = run_layer(site, _carry(x, x.mT) if turned else x, matrix, None, quantized)
+        y = run_layer(site, with_tag_of(x, x.mT) if turned else x, matrix, None, quantized)
         if y is NotImplemented:
             return NotImplemented
         if weight.dim() == 1:
-            return _carry(y, y.squeeze(-1))
-        return _carry(y, y.mT) if turned else y
+            return with_tag_of(y, y.squeeze(-1))
+        return with_tag_of(y, y.mT) if turned else y
 
 
 class EinsumOp(ProductOp):

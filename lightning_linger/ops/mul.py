@@ -75,16 +75,7 @@ def integer_mul(
 
 @integer_mul.register_fake
 def _(
-    x: Tensor,
-    y: Tensor,
-    scale_x: float,
-    scale_y: float,
-    scale_o: float,
-    bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    x: Tensor, y: Tensor, scale_x: float, scale_y: float, scale_o: float, bits_o: int, *_: object
 ) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, y.shape)
     return x.new_empty(shape, dtype=payload_dtype(bits_o))

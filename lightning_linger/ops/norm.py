@@ -20,7 +20,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.conv import finish_accumulator, is_wide
 from lightning_linger.ops.folding import (
     Folded,
@@ -106,11 +106,7 @@ def _(
     bits_x: int,
     bits_w: int,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
-    exact_in_float32: bool,
+    *_: object,
 ) -> Tensor:
     dtype = torch.float32 if scale_o == 0.0 else payload_dtype(bits_o)
     return x.new_empty(x.shape, dtype=dtype)
@@ -216,8 +212,7 @@ class BatchNormOp(Op):
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
-        tag = tag_of(x)
-        assert tag is not None
+        tag = tag_held_by(x)
         prepared = self._prepare(site, call, tag)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
         y = self._kernel(site, x, prepared, result)
@@ -227,8 +222,7 @@ class BatchNormOp(Op):
         self, site: Site, call: BatchNormCall, x: Tensor, prepared: PreparedAffine
     ) -> Tensor:
         """Take the integer kernel's value, and the gradient of the real one."""
-        tag = tag_of(x)
-        assert tag is not None
+        tag = tag_held_by(x)
         result = integer_result(site, float(tag.step) * max(prepared.steps), tag)
 
         def real() -> Tensor:
@@ -242,8 +236,7 @@ class BatchNormOp(Op):
     def _kernel(
         self, site: Site, x: Tensor, prepared: PreparedAffine, result: IntegerResult
     ) -> Tensor:
-        tag = tag_of(x)
-        assert tag is not None
+        tag = tag_held_by(x)
         return integer_scale_shift(
             integer_codes(x),
             prepared.codes,

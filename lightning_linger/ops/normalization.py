@@ -37,7 +37,7 @@ from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import register
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of
+from lightning_linger.core.tags import tag_held_by
 from lightning_linger.ops import luna
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import KernelOp, Target
@@ -224,10 +224,7 @@ def _(
     bits_x: int,
     bits_w: int,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
@@ -305,8 +302,7 @@ class NormOp(KernelOp):
 
     def kernel(self, site: Site, call: NormCall, target: Target) -> Tensor:
         """Call ``linger::layer_norm``."""
-        tag, affine = tag_of(call.input), call.affine
-        assert tag is not None
+        tag, affine = tag_held_by(call.input), call.affine
         assert affine is not None
         self._require_sums(site, call, tag.bits)
         if affine.codes is None or affine.bias_codes is None:
@@ -414,7 +410,7 @@ def _limited(
 def _with_codes(affine: Affine, call: NormCall, bits: int) -> Affine:
     """Add the codes of weight and bias."""
     shape = (call.groups, call.channels)
-    step = readable(affine.step, call.input)
+    step = readable(affine.step)
     if affine.weight is None:
         one = round(1.0 / float(step))
         codes = torch.full(shape, one, dtype=payload_dtype(bits), device=call.input.device)

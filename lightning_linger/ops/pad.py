@@ -13,7 +13,7 @@ from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.tags import tag_held_by, tag_of, with_tag
 
 
 class PadCall(NamedTuple):
@@ -55,8 +55,7 @@ class PadOp(Op):
     def _code(self, site: Site, call: PadCall, step: float) -> int:
         if not call.value:
             return 0
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         low, high = (int(code) for code in tag.limits)
         return round_value(max(low, min(high, call.value / step)), site.rounding)
 

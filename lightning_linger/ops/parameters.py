@@ -114,7 +114,7 @@ def on_grid(
         clips: Whether its range may leave values out, which then have no gradient. Otherwise the
             range is the parameter's own absolute maximum, and the gradient is the identity.
     """
-    usable = readable(step, x)
+    usable = readable(step)
     if clips:
         return fake_quantize(x, usable, *limits, rounding)
     return straight_through(fake_quantize(x.detach(), usable, *limits, rounding), x)
@@ -138,7 +138,7 @@ def learned_on_grid(
         learned: The learned range.
         parameter: Its parameter in a shape that broadcasts to the weight.
     """
-    usable = readable(step, x)
+    usable = readable(step)
     rounded = fake_quantize(x.detach(), usable, *limits, rounding)
     if not torch.is_grad_enabled():
         return rounded

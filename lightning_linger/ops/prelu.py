@@ -17,7 +17,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of
+from lightning_linger.core.tags import tag_held_by
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.parameters import learned_on_grid, learned_step, on_grid
 from lightning_linger.ops.prepared import versions_of
@@ -75,8 +75,7 @@ class PReLUOp(KernelOp):
 
     def kernel(self, site: Site, call: PReLUCall, target: Target) -> Tensor:
         """Call ``linger::prelu``."""
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         slopes = _prepare(site, call.weight)
         return integer_prelu(
             integer_codes(call.input),

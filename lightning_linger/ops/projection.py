@@ -16,7 +16,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of
+from lightning_linger.core.tags import WIDEST_OPERAND, tag_held_by
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.kernel import Target, run_kernel, without_gradients
 from lightning_linger.ops.linear import integer_linear
@@ -212,7 +212,7 @@ class Projection:
         Returns:
             Tagged ``[..., O]``.
         """
-        tag = _tag(x)
+        tag = tag_held_by(x)
         if self._stays_real(site):
             y, product = self._real(site, x, tag.step)
             if site.learning:
@@ -242,7 +242,7 @@ class Projection:
         That is what a layer gives: rounded by ``site.output``, real values where the site has
         none, or the 32-bit accumulator; the site's output limit applies.
         """
-        tag = _tag(x)
+        tag = tag_held_by(x)
         if self._stays_real(site):
             y, product = self._real(site, x, tag.step)
             return finish(site, y, product, True, tag.dtype)
@@ -284,9 +284,3 @@ class Projection:
             site.platform_name,
             codes.exact_in_float32(site, result),
         )
-
-
-def _tag(x: Tensor) -> Tag:
-    tag = tag_of(x)
-    assert tag is not None  # a site's operands and parts are tagged
-    return tag

@@ -15,8 +15,8 @@ from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of
-from lightning_linger.ops.arguments import reduced_dims, refused_arguments
+from lightning_linger.core.tags import tag_held_by
+from lightning_linger.ops.arguments import reduced_count, reduced_dims, refused_arguments
 from lightning_linger.ops.exact import quotient, to_codes
 from lightning_linger.ops.kernel import KernelOp, Target
 from lightning_linger.ops.results import minimum_step
@@ -73,10 +73,7 @@ def _(
     scale_x: float,
     scale_o: float,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     return x.float().sum(list(dim), keepdim=keepdim).to(payload_dtype(bits_o))
 
@@ -99,17 +96,7 @@ def integer_cumsum(
 
 
 @integer_cumsum.register_fake
-def _(
-    x: Tensor,
-    dim: int,
-    scale_x: float,
-    scale_o: float,
-    bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
-) -> Tensor:
+def _(x: Tensor, dim: int, scale_x: float, scale_o: float, bits_o: int, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
 
@@ -166,20 +153,9 @@ def _(
     scale_x: float,
     scale_o: float,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     return x.float().sum(list(dim), keepdim=keepdim).to(payload_dtype(bits_o))
-
-
-def reduced_count(shape: Sequence[int], dim: Sequence[int]) -> int:
-    """Return how many values a reduction takes together."""
-    count = 1
-    for d in dim:  # a generator would stop a graph capture
-        count *= shape[d]
-    return count
 
 
 # --- ops --------------------------------------------------------------------------------------
@@ -305,8 +281,7 @@ class VarOp(_ReduceOp):
 
     def kernel(self, site: Site, call: ReduceCall, target: Target) -> Tensor:
         """Call ``linger::var``."""
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         count = reduced_count(call.input.shape, call.dim)
         if count**2 * 4 ** (tag.bits - 1) >= 2**62:
             msg = (

@@ -9,7 +9,6 @@ step, and by ``2^-12`` per dimension of what neighbours differ.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -171,9 +170,7 @@ def _(
     factors: Sequence[float],
     align_corners: bool,
     bits: int,
-    rounding: str,
-    platform: str,
-    zero_point: int = 0,
+    *_: object,
 ) -> Tensor:
     return x.new_empty((*x.shape[:2], *size), dtype=payload_dtype(bits))
 
@@ -235,7 +232,7 @@ class InterpolateOp(Op):
         tag = tag_of(x)
         if x is None or tag is None:
             return NotImplemented
-        tag = dataclasses.replace(tag, site=site.key)
+        tag = tag.at(site.key)
         if call.mode in _NEAREST:
             moved = F.interpolate(x, **call.arguments) if site.training else _nearest(x, call)
             return with_tag(moved, tag)
@@ -244,7 +241,7 @@ class InterpolateOp(Op):
             return F.interpolate(x, **call.arguments)
 
         if site.training:  # at most a code away from the kernel, which takes several times as long
-            usable = readable(tag.step, x)
+            usable = readable(tag.step)
             return with_tag(
                 fake_quantize(real(), usable, *code_limits(tag.bits), site.rounding), tag
             )
@@ -261,7 +258,7 @@ class InterpolateOp(Op):
         if x is None or tag is None:
             return NotImplemented
         codes = integer_codes(x)
-        tag = dataclasses.replace(tag, site=site.key)
+        tag = tag.at(site.key)
         nearest = call.mode in _NEAREST
         found = _nearest(codes, call) if nearest else self._mixed(site, call, codes, tag)
         return with_tag(found, tag)

@@ -30,7 +30,7 @@ from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import Op, Part, register
 from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of
+from lightning_linger.core.tags import tag_held_by, tag_of
 from lightning_linger.ops.kernel import run_on_grid
 
 # From here on a number stands for infinity.
@@ -83,17 +83,7 @@ def integer_where(
 
 
 @integer_where.register_fake
-def _(
-    mask: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale_x: float,
-    scale_y: float,
-    scale_o: float,
-    bits: int,
-    rounding: str,
-    platform: str,
-) -> Tensor:
+def _(mask: Tensor, x: Tensor, y: Tensor, *_: object) -> Tensor:
     return torch.where(mask, x, y)
 
 
@@ -125,16 +115,7 @@ def integer_masked_fill(
 
 
 @integer_masked_fill.register_fake
-def _(
-    x: Tensor,
-    mask: Tensor,
-    code: int,
-    scale_x: float,
-    scale_o: float,
-    bits: int,
-    rounding: str,
-    platform: str,
-) -> Tensor:
+def _(x: Tensor, mask: Tensor, *_: object) -> Tensor:
     return torch.where(mask, torch.full((), 0, dtype=x.dtype, device=x.device), x)
 
 
@@ -248,7 +229,7 @@ class SelectOp(Op):
         return self._fill(site, kept, mask, sides[0] if x is None else sides[1])
 
     def _choose(self, site: Site, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        tag_x, tag_y = _tag(x), _tag(y)
+        tag_x, tag_y = tag_held_by(x), tag_held_by(y)
         step = coarser(tag_x.step, tag_y.step)
         reach = None
         if tag_x.reach is not None and tag_y.reach is not None:
@@ -271,7 +252,7 @@ class SelectOp(Op):
         return run_on_grid(site, [x, y], tag, lambda: torch.where(mask, x, y), kernel)
 
     def _fill(self, site: Site, x: Tensor, mask: Tensor, value: Any) -> Tensor:
-        tag = _tag(x)
+        tag = tag_held_by(x)
         number = number_of(site, value)
         low, high = code_limits(tag.bits)
         step, reach = tag.step, tag.reach
@@ -336,12 +317,6 @@ def _rounded(code: float, site: Site) -> int:
     if math.isinf(code):
         return -(2**31) if code < 0 else 2**31
     return round_value(code, site.rounding)
-
-
-def _tag(x: Tensor) -> Tag:
-    tag = tag_of(x)
-    assert tag is not None  # operands are tagged
-    return tag
 
 
 def _is_number(x: Any) -> bool:

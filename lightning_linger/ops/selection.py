@@ -20,7 +20,7 @@ from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.registry import Op, register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.arguments import reduced_dims, refused_arguments
 from lightning_linger.ops.reduction import ReduceCall
 
@@ -65,7 +65,7 @@ def integer_amax(
 
 
 @integer_amax.register_fake
-def _(x: Tensor, dim: Sequence[int], keepdim: bool, largest: bool, platform: str) -> Tensor:
+def _(x: Tensor, dim: Sequence[int], keepdim: bool, *_: object) -> Tensor:
     return x.amax(list(dim), keepdim)
 
 
@@ -80,7 +80,7 @@ def integer_max(
 
 
 @integer_max.register_fake
-def _(x: Tensor, dim: int, keepdim: bool, largest: bool, platform: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, dim: int, keepdim: bool, *_: object) -> tuple[Tensor, Tensor]:
     values = x.amax(dim, keepdim)
     return values, values.new_empty(values.shape, dtype=torch.int64)
 
@@ -92,7 +92,7 @@ def integer_argmax(x: Tensor, dim: int, keepdim: bool, largest: bool, platform: 
 
 
 @integer_argmax.register_fake
-def _(x: Tensor, dim: int, keepdim: bool, largest: bool, platform: str) -> Tensor:
+def _(x: Tensor, dim: int, keepdim: bool, *_: object) -> Tensor:
     return x.amax(dim, keepdim).to(torch.int64)
 
 
@@ -103,7 +103,7 @@ def integer_maximum(x: Tensor, y: Tensor, largest: bool, platform: str) -> Tenso
 
 
 @integer_maximum.register_fake
-def _(x: Tensor, y: Tensor, largest: bool, platform: str) -> Tensor:
+def _(x: Tensor, y: Tensor, *_: object) -> Tensor:
     return torch.maximum(x, y)
 
 
@@ -120,7 +120,7 @@ def integer_topk(
 
 
 @integer_topk.register_fake
-def _(x: Tensor, k: int, dim: int, largest: bool, platform: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, k: int, dim: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = list(x.shape)
     shape[dim] = k
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
@@ -389,7 +389,7 @@ def _at_step(site: Site, x: Tensor, tag: Tag, common: Tag) -> Tensor:
     integer = site.switches.system == "integer"
     if tag.step is step or (isinstance(step, float) and tag.step == step):
         return integer_codes(x) if integer else x
-    source, wanted = readable(tag.step, x), readable(step, x)
+    source, wanted = readable(tag.step), readable(step)
     if not (isinstance(source, float) and isinstance(wanted, float)):
         return fake_quantize(x, wanted, *common.limits, site.rounding)
     limits = [int(code) for code in common.limits] if common.affine else []
@@ -449,9 +449,8 @@ def _operands(site: Site, values: Sequence[Any]) -> list[Tensor] | None:
 
 
 def _own(x: Tensor, site: Site) -> Tag:
-    tag = tag_of(x)
-    assert tag is not None  # `operand` returns tagged tensors
-    return dataclasses.replace(tag, site=site.key)
+    tag = tag_held_by(x)
+    return tag.at(site.key)
 
 
 for _kind in ("amax", "amin"):

@@ -37,7 +37,7 @@ def integer_neg(x: Tensor, scale: float, bits: int, platform: str) -> Tensor:
 
 
 @integer_neg.register_fake
-def _(x: Tensor, scale: float, bits: int, platform: str) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -48,7 +48,7 @@ def integer_abs(x: Tensor, scale: float, bits: int, platform: str) -> Tensor:
 
 
 @integer_abs.register_fake
-def _(x: Tensor, scale: float, bits: int, platform: str) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -89,7 +89,7 @@ class SignOp(Op):
             return NotImplemented
         real = self.function(x)
         _, most = code_limits(tag.bits)
-        top = readable(tag.step, x) * most
+        top = readable(tag.step) * most
         if isinstance(top, Tensor):
             return with_tag(torch.minimum(real, top.to(real)), tag)
         return with_tag(real.clamp(max=top), tag)

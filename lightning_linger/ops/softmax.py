@@ -27,7 +27,7 @@ from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of, fixed_point_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import tag_of, with_tag
+from lightning_linger.core.tags import tag_held_by, tag_of, with_tag
 from lightning_linger.ops import luna, tflite, tflite_curves
 from lightning_linger.ops.arguments import to_tuple
 from lightning_linger.ops.exact import quotient, to_codes
@@ -271,16 +271,7 @@ def integer_softmax(
 
 @integer_softmax.register_fake
 def _(
-    x: Tensor,
-    dim: int,
-    scale_x: float,
-    bits_x: int,
-    scale_o: float,
-    bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    x: Tensor, dim: int, scale_x: float, bits_x: int, scale_o: float, bits_o: int, *_: object
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
@@ -304,16 +295,7 @@ def integer_softmin(
 
 @integer_softmin.register_fake
 def _(
-    x: Tensor,
-    dim: int,
-    scale_x: float,
-    bits_x: int,
-    scale_o: float,
-    bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    x: Tensor, dim: int, scale_x: float, bits_x: int, scale_o: float, bits_o: int, *_: object
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
@@ -354,16 +336,7 @@ def integer_log_softmax(
 
 @integer_log_softmax.register_fake
 def _(
-    x: Tensor,
-    dim: int,
-    scale_x: float,
-    bits_x: int,
-    scale_o: float,
-    bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    x: Tensor, dim: int, scale_x: float, bits_x: int, scale_o: float, bits_o: int, *_: object
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=payload_dtype(bits_o))
 
@@ -404,10 +377,7 @@ def _(
     bits_x: int,
     scale_o: float,
     bits_o: int,
-    low: int,
-    high: int,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> Tensor:
     shape = x.float().sum(list(dim), keepdim=keepdim).shape
     return x.new_empty(shape, dtype=payload_dtype(bits_o))
@@ -462,8 +432,7 @@ class SoftmaxOp(KernelOp):
 
     def kernel(self, site: Site, call: SoftmaxCall, target: Target) -> Tensor:
         """Call the integer op."""
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         codes: Tensor = self.integer_kernel(
             integer_codes(call.input),
             call.dim,
@@ -501,8 +470,7 @@ class LogSumExpOp(KernelOp):
 
     def kernel(self, site: Site, call: LogSumExpCall, target: Target) -> Tensor:
         """Call ``linger::logsumexp``."""
-        tag = tag_of(call.input)
-        assert tag is not None
+        tag = tag_held_by(call.input)
         return integer_logsumexp(
             integer_codes(call.input),
             call.dim,

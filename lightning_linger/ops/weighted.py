@@ -18,7 +18,7 @@ from lightning_linger.core.limits import limited
 from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, with_tag
 from lightning_linger.ops.folding import (
     COMPLETE,
     TINY_FACTOR,
@@ -124,8 +124,7 @@ class WeightedOp(Op, ABC):
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
-            tag = tag_of(x)
-            assert tag is not None  # `operand` returns tagged tensors
+            tag = tag_held_by(x)
             if site.training:
                 return self._run(site, call, full(x), tag.step, tag.dtype)
             return self._evaluate(site, call, full(x), tag)
@@ -136,8 +135,7 @@ class WeightedOp(Op, ABC):
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
-        tag = tag_of(x)
-        assert tag is not None
+        tag = tag_held_by(x)
         if site.gives_real_results:
             return self._real_result(site, call, integer_codes(x), tag)
         prepared = self._prepare(site, call, tag)
@@ -156,8 +154,7 @@ class WeightedOp(Op, ABC):
         codes = site.operand_codes(0, call.input)
         if codes is None:
             return NotImplemented
-        tag = tag_of(codes)
-        assert tag is not None  # codes are tagged
+        tag = tag_held_by(codes)
         value = self._real_result(site, call, integer_codes(codes), tag)
         if not torch.is_grad_enabled() or capturing():
             return value

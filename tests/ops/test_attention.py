@@ -19,7 +19,7 @@ from lightning_linger.core.integer import code_limits, payload_dtype
 from lightning_linger.core.payload import real_values
 from lightning_linger.core.tags import tag_of
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
-from lightning_linger.ops.attention import integer_add_mask
+from lightning_linger.ops.attention.steps import integer_add_mask
 from lightning_linger.ops.softmax import integer_softmax
 from tests.models import Lambda, assert_integer_exact, keys, site_of, train
 

@@ -20,9 +20,10 @@ from lightning_linger.ops.add import _multiply_add, integer_add
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.conv import integer_conv
 from lightning_linger.ops.linear import integer_linear
+from lightning_linger.ops.mean import integer_mean
 from lightning_linger.ops.mul import integer_mul
 from lightning_linger.ops.norm import integer_scale_shift
-from lightning_linger.ops.pool import integer_avg_pool, integer_max_pool, integer_mean
+from lightning_linger.ops.pool import integer_avg_pool, integer_max_pool
 
 ZERO = 128
 ROUNDING = ("half_even", "onnxruntime")

@@ -32,10 +32,10 @@ from lightning_linger.analysis.dumps.values import (
     describe,
     describe_codes,
 )
-from lightning_linger.core.calls import SiteCall, run_site
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.functions import canonical_of
 from lightning_linger.core.locations import caller_location
+from lightning_linger.core.site_calls import SiteCall, run_site
 
 # Moving values between tensors or to Python computes nothing; autograd detaches what it keeps.
 NOT_DUMPED = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_linger.core.calls import SiteCall
 from lightning_linger.core.payload import real_values
+from lightning_linger.core.site_calls import SiteCall
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 

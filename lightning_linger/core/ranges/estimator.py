@@ -106,13 +106,6 @@ class RangeEstimator(nn.Module):
             self._buffers[name] = buffer.to(device)
         return self
 
-    @torch.no_grad()
-    def assume(self, absmax: float) -> None:
-        """Take a range that comes from no batch."""
-        self.range.copy_(self.range.new_tensor([-absmax, absmax]))
-        self.batches.clamp_(min=1)
-        self._known = True
-
     def absmax(self) -> Tensor:
         """Return the 0-dim float32 absolute maximum of the range."""
         return torch.maximum(-self.range[0], self.range[1])

@@ -10,7 +10,7 @@ from onnxscript import ir
 from lightning_linger.export.dialect import shape_of
 from lightning_linger.export.qdq.exact import DOUBLE, INT64, Steps
 from lightning_linger.export.qdq.writer import INT32, Write, Writer, width_of
-from lightning_linger.ops.reduction import reduced_count
+from lightning_linger.ops.arguments import reduced_count
 
 # --- sums -------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from lightning_linger.core.errors import UnsupportedError
 from lightning_linger.core.integer import code_limits
 from lightning_linger.export.runner.step import ROUNDING, Array, Kernel, Step, to_array
-from lightning_linger.ops.reduction import integer_sum, integer_var, reduced_count
+from lightning_linger.ops.arguments import reduced_count
+from lightning_linger.ops.reduction import integer_sum, integer_var
 
 # Sums of squares are taken in 64 bits.
 _WIDEST_SQUARES = 2**62

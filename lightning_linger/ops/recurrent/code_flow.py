@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_linger.core.integer import dequantize
 from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.activation import integer_clamp
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.folding import full
@@ -30,7 +30,6 @@ from lightning_linger.ops.recurrent.flow import (
     Passed,
     Results,
     projections,
-    tag_held_by,
 )
 from lightning_linger.ops.recurrent.kernels import (
     integer_gru,

@@ -269,10 +269,3 @@ def limited_parameters(site: Site, direction: Direction) -> Parameters:
     assert ih is not None
     assert hh is not None
     return Parameters(ih.weight, hh.weight, ih.bias, hh.bias, None if hr is None else hr.weight)
-
-
-def tag_held_by(x: Tensor) -> Tag:
-    """Return the tag of an operand or a hidden state, which all have."""
-    tag = tag_of(x)
-    assert tag is not None
-    return tag

@@ -148,13 +148,7 @@ def _(
     bits_x: int,
     bits_w: int,
     bits_o: int,
-    low: int,
-    high: int,
-    batch_first: bool,
-    reverse: bool,
-    fused: bool,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, last = _like_results(x, h, bits_o)
     return y, last, x.new_empty(c.shape, dtype=torch.int32)
@@ -210,13 +204,7 @@ def _(
     bits_x: int,
     bits_w: int,
     bits_o: int,
-    low: int,
-    high: int,
-    batch_first: bool,
-    reverse: bool,
-    fused: bool,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     return _like_results(x, h, bits_o)
 
@@ -283,13 +271,7 @@ def _(
     bits_x: int,
     bits_w: int,
     bits_o: int,
-    low: int,
-    high: int,
-    batch_first: bool,
-    reverse: bool,
-    fused: bool,
-    rounding: str,
-    platform: str,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     return _like_results(x, h, bits_o)
 

@@ -15,7 +15,7 @@ from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import Op, Part
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
+from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.recurrent.call import (
     RecurrentCall,
     bind_cell,
@@ -154,8 +154,7 @@ class RecurrentOp(Op):
             x = site.operand(0, call.input)
             if x is None:
                 return NotImplemented
-            tag = tag_of(x)
-            assert tag is not None  # `operand` returns tagged tensors
+            tag = tag_held_by(x)
             return self._in_order(self._fake(site, call, x, tag))
 
     def run_integer(self, site: Site, call: RecurrentCall) -> Any:
@@ -163,8 +162,7 @@ class RecurrentOp(Op):
         x = site.operand(0, call.input)
         if x is None:
             return NotImplemented
-        tag = tag_of(x)
-        assert tag is not None
+        tag = tag_held_by(x)
         return self._in_order(self._codes(site, call, x, tag))
 
     def _codes(self, site: Site, call: RecurrentCall, x: Tensor, tag: Tag) -> Results:

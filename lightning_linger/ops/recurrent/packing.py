@@ -16,7 +16,7 @@ from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import Tag, tag_of, with_tag
+from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.selection import at_common_step
 
 
@@ -89,8 +89,7 @@ class PadPackedOp(Op):
         return self._run(site, call, integer_codes(call.data), code)
 
     def _run(self, site: Site, call: PadPackedCall, data: Tensor, value: float) -> Any:
-        tag = tag_of(call.data)
-        assert tag is not None
+        tag = tag_held_by(call.data)
         refuse_in_capture(site)
         padded, lengths = torch._pad_packed_sequence(
             data, call.batch_sizes, call.batch_first, value, call.total_length

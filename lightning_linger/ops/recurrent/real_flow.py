@@ -15,7 +15,7 @@ from lightning_linger.core.integer import code_limits
 from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site
-from lightning_linger.core.tags import with_tag
+from lightning_linger.core.tags import tag_held_by, with_tag
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.parameters import Parameters as Quantized
@@ -35,7 +35,6 @@ from lightning_linger.ops.recurrent.flow import (
     Results,
     limited_parameters,
     projections,
-    tag_held_by,
 )
 from lightning_linger.ops.recurrent.gradients import Layer, Parameters, run_layer
 from lightning_linger.ops.recurrent.kernels import (
