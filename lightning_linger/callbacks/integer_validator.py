@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_linger.callbacks import tensorboard
 from lightning_linger.callbacks.dashboard import Findings
-from lightning_linger.callbacks.logging import log_values
-from lightning_linger.callbacks.replay import ReplayCallback, dashboard_of, log_aggregate
+from lightning_linger.callbacks.replay import ReplayCallback, dashboard_of
 from lightning_linger.callbacks.silent_validation import (
     evaluation,
     has_one_loader,
@@ -15,9 +15,9 @@ from lightning_linger.callbacks.silent_validation import (
 )
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
-from lightning_linger.simulate.divergence import Forward, measure_divergence, measured_sites
+from lightning_linger.simulate.divergence import Forward, measure_divergence
 from lightning_linger.simulate.integer import integer
-from lightning_linger.simulate.metrics import Divergence, DivergenceRow, OutputError, OutputRow
+from lightning_linger.simulate.metrics import Divergence, DivergenceRow
 
 
 class IntegerValidatorCallback(ReplayCallback):
@@ -43,6 +43,8 @@ class IntegerValidatorCallback(ReplayCallback):
         final_metric: Whether to repeat the validation in integers at the end of ``fit``.
     """
 
+    group = "integer"
+
     def __init__(
         self,
         batches: int = 1,
@@ -55,57 +57,40 @@ class IntegerValidatorCallback(ReplayCallback):
         self.rows = rows
         self.final_metric = final_metric
         self.latest: list[DivergenceRow] = []
-        self.latest_output: OutputRow | None = None
-        self._measured = False
-        self._meter: Divergence | None = None
-        self._outputs = OutputError(class_dim)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin without findings."""
-        self._measured = False
-
-    def begin(self, module: Any) -> None:
-        """Start with nothing counted."""
-        self._meter = Divergence(measured_sites(module)).to(module.device)
-        self._outputs = OutputError(self.class_dim).to(module.device)
+    def make_meter(self, sites: Sequence[str]) -> Divergence:
+        """Count mismatches and errors of each site."""
+        return Divergence(sites)
 
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare the number systems."""
-        if self._meter is not None:
-            measure_divergence(module, forward, self._meter, self._outputs)
+        measure_divergence(module, forward, self._meter, self._outputs)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Reduce over ranks and log."""
-        if self._meter is None:
-            return
-        self.latest = self._meter.rows()
-        self.latest_output = self._outputs.row()
-        self._meter = None
-        if not self.latest:
-            return
-        self._measured = True
-        values: dict[str, float] = {}
-        for row in self.latest:
-            values[f"mismatch/{row.site}"] = row.mismatch_rate
-            values[f"mismatch_isolated/{row.site}"] = row.isolated_mismatch_rate
-            values[f"integer_sqnr/{row.site}"] = row.sqnr
-            values[f"integer_sqnr_isolated/{row.site}"] = row.isolated_sqnr
-            values[f"integer_max_error/{row.site}"] = row.max_error
-            values[f"integer_max_lsb/{row.site}"] = float(row.max_lsb)
-        log_values(trainer, values)
+    def site_values(self, row: DivergenceRow) -> dict[str, float]:
+        """Return mismatches and errors, accumulated and isolated."""
+        return {
+            "mismatch": row.mismatch_rate,
+            "mismatch_isolated": row.isolated_mismatch_rate,
+            "integer_sqnr": row.sqnr,
+            "integer_sqnr_isolated": row.isolated_sqnr,
+            "integer_max_error": row.max_error,
+            "integer_max_lsb": float(row.max_lsb),
+        }
+
+    def aggregates(self) -> dict[str, float]:
+        """Return the mismatches of the whole model, and what they do to its output."""
         mismatches = sum(row.mismatches for row in self.latest)
         elements = sum(row.elements for row in self.latest)
-        aggregates = {
+        found = {
             "mismatches": float(mismatches),
             "mismatch_rate": mismatches / max(elements, 1),
             "worst_sqnr": min(row.sqnr for row in self.latest),
         }
         if self.latest_output is not None:
-            aggregates["output_mismatch_rate"] = self.latest_output.differing
+            found["output_mismatch_rate"] = self.latest_output.differing
             if self.latest_output.decisions:
-                aggregates["decisions_changed"] = self.latest_output.changed
-        for name, value in aggregates.items():
-            log_aggregate(pl_module, f"integer/{name}", value)
+                found["decisions_changed"] = self.latest_output.changed
+        return found
 
     def contribute(self, findings: Findings) -> None:
         """Add the differences of this validation."""

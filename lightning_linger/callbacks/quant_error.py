@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_linger.callbacks.dashboard import Findings
-from lightning_linger.callbacks.logging import log_values
-from lightning_linger.callbacks.replay import ReplayCallback, log_aggregate
+from lightning_linger.callbacks.replay import ReplayCallback
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.simulate.divergence import Forward, measure_quant_error, measured_sites
-from lightning_linger.simulate.metrics import OutputError, OutputRow, QuantError, QuantErrorRow
+from lightning_linger.simulate.divergence import Forward, measure_quant_error
+from lightning_linger.simulate.metrics import QuantError, QuantErrorRow
 from lightning_linger.simulate.samples import ValueSamples
 
 
@@ -31,6 +31,8 @@ class QuantErrorCallback(ReplayCallback):
         class_dim: Dimension of the model's output over which a decision takes the largest value.
     """
 
+    group = "quant_error"
+
     def __init__(
         self, batches: int = 1, every_n_epochs: int = 1, worst: int = 6, class_dim: int = 1
     ) -> None:
@@ -40,55 +42,42 @@ class QuantErrorCallback(ReplayCallback):
             raise ConfigError(msg)
         self.worst = worst
         self.latest: list[QuantErrorRow] = []
-        self.latest_output: OutputRow | None = None
-        self._measured = False
-        self._meter: QuantError | None = None
-        self._outputs = OutputError(class_dim)
         self._samples = ValueSamples()
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the samples of the validation before."""
-        self._measured = False
+    def make_meter(self, sites: Sequence[str]) -> QuantError:
+        """Add up the errors of each site."""
+        return QuantError(sites)
 
     def begin(self, module: Any) -> None:
-        """Start with nothing counted."""
-        self._meter = QuantError(measured_sites(module)).to(module.device)
-        self._outputs = OutputError(self.class_dim).to(module.device)
+        """Start with nothing counted and no sample."""
+        super().begin(module)
         self._samples = ValueSamples()
 
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
         """Compare fake-quant with float."""
-        if self._meter is not None:
-            measure_quant_error(module, forward, self._meter, self._outputs, self._samples)
+        measure_quant_error(module, forward, self._meter, self._outputs, self._samples)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Reduce over ranks and log."""
-        if self._meter is None:
-            return
-        self.latest = self._meter.rows()
-        self.latest_output = self._outputs.row()
-        self._meter = None
-        if not self.latest:
-            return
-        self._measured = True
-        values: dict[str, float] = {}
-        for row in self.latest:
-            values[f"sqnr/{row.site}"] = row.sqnr
-            values[f"sqnr_isolated/{row.site}"] = row.isolated_sqnr
-            values[f"cosine/{row.site}"] = row.cosine
-            values[f"saturation/{row.site}"] = row.saturation
-            values[f"exponent/{row.site}"] = row.exponent
-        log_values(trainer, values)
-        aggregates = {
+    def site_values(self, row: QuantErrorRow) -> dict[str, float]:
+        """Return the errors, and what the range does to the values."""
+        return {
+            "sqnr": row.sqnr,
+            "sqnr_isolated": row.isolated_sqnr,
+            "cosine": row.cosine,
+            "saturation": row.saturation,
+            "exponent": row.exponent,
+        }
+
+    def aggregates(self) -> dict[str, float]:
+        """Return the worst sites, and the errors of the model's output."""
+        found = {
             "worst_sqnr": min(row.sqnr for row in self.latest),
             "worst_saturation": max(row.saturation for row in self.latest),
         }
         if self.latest_output is not None:
-            aggregates["output_sqnr"] = self.latest_output.sqnr
+            found["output_sqnr"] = self.latest_output.sqnr
             if self.latest_output.decisions:
-                aggregates["decisions_changed"] = self.latest_output.changed
-        for name, value in aggregates.items():
-            log_aggregate(pl_module, f"quant_error/{name}", value)
+                found["decisions_changed"] = self.latest_output.changed
+        return found
 
     def contribute(self, findings: Findings) -> None:
         """Add the errors of this validation."""

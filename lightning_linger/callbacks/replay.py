@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_linger.callbacks._compat import Callback
 from lightning_linger.callbacks.dashboard import Dashboard, Findings
+from lightning_linger.callbacks.logging import log_values
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
-from lightning_linger.simulate.divergence import Forward
+from lightning_linger.simulate.divergence import Forward, measured_sites
+from lightning_linger.simulate.metrics import OutputError, OutputRow
 
 
 class ReplayCallback(Callback, ABC):
-    """Notes the outermost module calls of some validation batches and hands them on.
+    """Notes the outermost module calls of some validation batches, and measures them repeated.
 
     What is repeated are the calls the user's own step made, with their inputs: no second
     ``validation_step``, no second log.
@@ -25,7 +28,14 @@ class ReplayCallback(Callback, ABC):
         batches: How many validation batches of an epoch are repeated.
         every_n_epochs: Only in every n-th epoch.
         class_dim: Dimension of the model's output over which a decision takes the largest value.
+
+    Attributes:
+        latest: A row per site of the latest validation.
+        latest_output: The same of the model's output, None if it returned nothing comparable.
     """
+
+    # What the names of logged aggregates begin with.
+    group: str
 
     def __init__(self, batches: int, every_n_epochs: int, class_dim: int) -> None:
         super().__init__()
@@ -36,15 +46,28 @@ class ReplayCallback(Callback, ABC):
         self.batches = batches
         self.every_n_epochs = every_n_epochs
         self.class_dim = class_dim
+        self.latest: list[Any] = []
+        self.latest_output: OutputRow | None = None
+        self._measured = False
+        self._meter: Any = None
+        self._outputs = OutputError(class_dim)
         self._dashboard: Dashboard | None = None
 
     @abstractmethod
-    def begin(self, module: Any) -> None:
-        """Prepare for the batches of an epoch; called on every rank, whatever data it has."""
+    def make_meter(self, sites: Sequence[str]) -> Any:
+        """Return the metric of the batches of an epoch, which gives ``rows()``."""
 
     @abstractmethod
     def replay(self, trainer: Any, module: Any, forward: Forward) -> None:
-        """Use the repeated forward, which returns what the model returns."""
+        """Measure the repeated forward, which returns what the model returns."""
+
+    @abstractmethod
+    def site_values(self, row: Any) -> dict[str, float]:
+        """Return what is logged of a site, by name."""
+
+    @abstractmethod
+    def aggregates(self) -> dict[str, float]:
+        """Return what is logged of the whole model, by name."""
 
     @abstractmethod
     def contribute(self, findings: Findings) -> None:
@@ -66,10 +89,19 @@ class ReplayCallback(Callback, ABC):
         if self._dashboard is not None:
             self._dashboard.note_stages(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the validation before."""
+        self._measured = False
+
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start counting."""
         if self._wanted(trainer, pl_module, batch_idx=0):
             self.begin(pl_module)
+
+    def begin(self, module: Any) -> None:
+        """Start with nothing counted; called on every rank, whatever data it has."""
+        self._meter = self.make_meter(measured_sites(module)).to(module.device)
+        self._outputs = OutputError(self.class_dim).to(module.device)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -98,10 +130,29 @@ class ReplayCallback(Callback, ABC):
             return results[-1] if results else None
 
         try:
-            self.replay(trainer, pl_module, forward)
+            if self._meter is not None:
+                self.replay(trainer, pl_module, forward)
         finally:
             # Another replaying callback may want the same calls.
             instrumentation.calls = calls
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Reduce over ranks and log."""
+        if self._meter is None:
+            return
+        self.latest = self._meter.rows()
+        self.latest_output = self._outputs.row()
+        self._meter = None
+        if not self.latest:
+            return
+        self._measured = True
+        values: dict[str, float] = {}
+        for row in self.latest:
+            for name, value in self.site_values(row).items():
+                values[f"{name}/{row.site}"] = value
+        log_values(trainer, values)
+        for name, value in self.aggregates().items():
+            log_aggregate(pl_module, f"{self.group}/{name}", value)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop noting, and show what was found."""
