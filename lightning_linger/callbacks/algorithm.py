@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.batches import training_calls
-from lightning_linger.callbacks.order import check_algorithms
+from lightning_linger.callbacks.order import check_algorithms, epoch_length
 from lightning_linger.callbacks.schedule import NEVER, Schedule
 from lightning_linger.callbacks.stage import stages_of
 from lightning_linger.callbacks.strategies import shards
@@ -80,8 +79,7 @@ class AlgorithmCallback(Callback, ABC):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check again, now that the steps of an epoch are known."""
         if not trainer.fast_dev_run:
-            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-            steps = steps if math.isinf(steps) else math.ceil(steps)
+            steps = epoch_length(trainer)
             callbacks, stages = trainer.callbacks, stages_of(trainer)
             check_algorithms(callbacks, stages, algorithms_of(trainer), steps)
 

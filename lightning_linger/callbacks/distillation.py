@@ -21,6 +21,7 @@ from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
+from lightning_linger.core.modes import kept_modes
 from lightning_linger.simulate.divergence import main_result
 from lightning_linger.simulate.integer import number_system
 
@@ -257,13 +258,11 @@ def _teaching(module: nn.Module) -> Iterator[None]:
     instrumentation = instrumentation_of(module)
     noted = instrumentation.calls, instrumentation.exchanges
     instrumentation.calls = instrumentation.exchanges = None
-    modes = [(part, part.training) for part in module.modules()]
-    for part, _ in modes:
-        part.training = False
     try:
-        with number_system(module, "float"):
-            yield
+        with kept_modes(module):
+            for part in module.modules():
+                part.training = False
+            with number_system(module, "float"):
+                yield
     finally:
-        for part, mode in modes:
-            part.training = mode
         instrumentation.calls, instrumentation.exchanges = noted

@@ -55,6 +55,12 @@ def check_order(stages: Sequence[Any]) -> None:
             raise misconfiguration(msg)
 
 
+def epoch_length(trainer: Any) -> float:
+    """Return how many optimizer steps an epoch of a running ``fit`` has; infinite if not known."""
+    steps: float = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return steps if math.isinf(steps) else math.ceil(steps)
+
+
 def check_order_in_steps(stages: Sequence[Any], steps_per_epoch: float) -> None:
     """Refuse schedules that are out of order once it is known how many steps an epoch has.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -12,7 +11,12 @@ import torch
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.company import check_company, follow_in_average
 from lightning_linger.callbacks.discovery import prepare_module
-from lightning_linger.callbacks.order import check_order, check_order_in_steps, ordered
+from lightning_linger.callbacks.order import (
+    check_order,
+    check_order_in_steps,
+    epoch_length,
+    ordered,
+)
 from lightning_linger.callbacks.schedule import NEVER, Condition, Schedule
 from lightning_linger.callbacks.strategies import (
     refuse_unsupported_shards,
@@ -89,9 +93,7 @@ class StageCallback(Callback, ABC):
                 stacklevel=2,
             )
         if not trainer.fast_dev_run:
-            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-            steps = steps if math.isinf(steps) else math.ceil(steps)
-            check_order_in_steps(ordered(stages_of(trainer)), steps)
+            check_order_in_steps(ordered(stages_of(trainer)), epoch_length(trainer))
         # Lightning saves no metrics, and a condition looks at those of the epoch before.
         for name, value in self._metrics.items():
             trainer.callback_metrics.setdefault(name, torch.tensor(value))

@@ -17,6 +17,7 @@ from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.images import FirstConv, is_raw
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.core.logs import logger
+from lightning_linger.core.modes import kept_modes
 from lightning_linger.core.progress import with_progress
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site
@@ -108,16 +109,13 @@ def calibrate(
 def learning_ranges(model: nn.Module) -> Iterator[None]:
     """Let forwards in evaluation mode, without gradients, move the ranges of a quantized model."""
     instrumentation = instrumentation_of(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for site in instrumentation.sites:
-        site.train()
     try:
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
+            model.eval()
+            for site in instrumentation.sites:
+                site.train()
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         instrumentation.thaw()
 
 

@@ -36,7 +36,7 @@ from lightning_linger.stages.forwards import (
     why_not_quantized,
 )
 from lightning_linger.stages.ownership import Ownership
-from lightning_linger.stages.selection import QUANT_MARK, Selection, matches
+from lightning_linger.stages.selection import sites_within
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,13 @@ def correct_bias_by(
     """Correct biases by forwards of the model, or of parts of it; see :func:`correct_bias`."""
     instrumentation = require_quantized(model)
     require_float_reference(instrumentation, "correct_bias")
-    Selection(None, modules, None, QUANT_MARK).validate(model, instrumentation.sites)
+    chosen = sites_within(model, modules)
     ownership = Ownership(model, instrumentation.graph)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rows: dict[str, BiasCorrectionRow] = {}
     places: dict[Site, _Place] = {}
-    for site in instrumentation.sites:
+    for site in chosen:
         if not site.has_parameters or site.op.kind == "batch_norm":
-            continue
-        if modules is not None and not any(matches(site, pattern) for pattern in modules):
             continue
         place = _place(instrumentation, ownership, site)
         rows[site.key] = BiasCorrectionRow(site.key, why_not=str(place))

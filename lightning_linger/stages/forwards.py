@@ -16,6 +16,7 @@ from lightning_linger.core.distributed import sum_over_ranks
 from lightning_linger.core.errors import ConfigError, NotReadyError
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.modes import kept_modes
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_of
 from lightning_linger.ops.folding import full
@@ -104,14 +105,11 @@ def why_not_quantized(site: Site) -> str | None:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the model as in evaluation, without gradients and uncompiled; put modes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with kept_modes(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model.eval()
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         instrumentation_of(model).thaw()
 
 

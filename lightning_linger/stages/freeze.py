@@ -10,7 +10,7 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.switches import FROZEN_PARTS, FrozenPart
 from lightning_linger.stages.learned import learned_ranges
-from lightning_linger.stages.selection import QUANT_MARK, Selection, matches
+from lightning_linger.stages.selection import sites_within
 
 
 def freeze_ranges(
@@ -38,13 +38,10 @@ def freeze_ranges(
     if unknown or isinstance(parts, str):
         msg = f"`parts` must be among {FROZEN_PARTS}. Found: {parts!r}."
         raise ConfigError(msg)
-    sites = instrumentation_of(model).sites
-    Selection(None, modules, None, QUANT_MARK).validate(model, sites)
-    for site in sites:
-        if modules is None or any(matches(site, pattern) for pattern in modules):
-            site.freeze(site.frozen | set(parts) if frozen else site.frozen - set(parts))
-            for quantizer in site.quantizers():
-                quantizer.thaw()
+    for site in sites_within(model, modules):
+        site.freeze(site.frozen | set(parts) if frozen else site.frozen - set(parts))
+        for quantizer in site.quantizers():
+            quantizer.thaw()
     for parameter in learned_ranges(model).values():
         if not parameter.requires_grad:
             parameter.grad = None

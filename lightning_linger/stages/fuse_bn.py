@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -14,6 +13,7 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.sites import Site
 from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.stages.journal import log_switch
+from lightning_linger.stages.selection import covers
 
 
 def fuse_bn(
@@ -48,7 +48,7 @@ def plan_fuse_bn(
     for site in instrumentation.sites:
         site.completes_fold = False
     for site in layers:
-        chosen = modules is None or any(_covers(pattern, site.node.owner) for pattern in modules)
+        chosen = modules is None or any(covers(pattern, site.node.owner) for pattern in modules)
         follower = _foldable(instrumentation, site) if chosen else None
         site.__dict__["fold"] = follower.owner if follower is not None else None
         if follower is not None:
@@ -85,15 +85,7 @@ def _foldable(instrumentation: Instrumentation, site: Site) -> Site | None:
     return follower
 
 
-def _covers(pattern: str, path: str) -> bool:
-    while path:
-        if fnmatchcase(path, pattern):
-            return True
-        path = path.rpartition(".")[0]
-    return False
-
-
 def _require_match(pattern: str, paths: list[str]) -> None:
-    if not any(_covers(pattern, path) for path in paths):
+    if not any(covers(pattern, path) for path in paths):
         msg = f"the pattern {pattern!r} matches no layer. Similar: {near_matches(pattern, paths)}."
         raise ConfigError(msg)

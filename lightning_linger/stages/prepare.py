@@ -21,6 +21,7 @@ from lightning_linger.core.instrumentation import (
     Instrumentation,
     is_prepared,
 )
+from lightning_linger.core.modes import kept_modes
 from lightning_linger.core.recorder import Recorder, WholeModelRan
 
 
@@ -168,17 +169,14 @@ def _record(
 @contextlib.contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
     """Put back random states, buffers and training modes on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with kept_modes(model), torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             yield
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
             random.setstate(python_state)
             np.random.set_state(numpy_state)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_linger.core.errors import ConfigError, near_matches
-from lightning_linger.core.instrumentation import STATE_NAME
+from lightning_linger.core.instrumentation import STATE_NAME, instrumentation_of
 from lightning_linger.core.registry import supported_kinds
 from lightning_linger.core.sites import Site
 
@@ -159,11 +159,30 @@ class Selection:
             path = path.rpartition(".")[0]
 
 
+def sites_within(model: nn.Module, modules: Sequence[str] | None) -> list[Site]:
+    """Return the sites of a prepared model that some globs mean, in execution order.
+
+    Args:
+        model: The model.
+        modules: Globs on dotted paths or site keys; None means all.
+
+    Raises:
+        ConfigError: If a glob matches nothing.
+    """
+    sites = instrumentation_of(model).sites
+    Selection(None, modules, None, QUANT_MARK).validate(model, sites)
+    if modules is None:
+        return sites
+    return [site for site in sites if any(matches(site, pattern) for pattern in modules)]
+
+
 def matches(site: Site, pattern: str) -> bool:
     """Whether a glob matches a site's key, its module's path, or a path above it."""
-    path = site.node.owner
-    if fnmatchcase(site.key, pattern):
-        return True
+    return fnmatchcase(site.key, pattern) or covers(pattern, site.node.owner)
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether a glob matches a dotted path, or one above it."""
     while path:
         if fnmatchcase(path, pattern):
             return True

@@ -13,7 +13,7 @@ from lightning_linger.core.logs import logger
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
 from lightning_linger.core.widths import NAMES, Widths, changed_config, widths_of
-from lightning_linger.stages.selection import QUANT_MARK, Selection, matches
+from lightning_linger.stages.selection import Selection, sites_within
 
 # A mark that no module has: what the stage was planned with has been taken into account.
 _NO_MARK = "_linger_no_mark"
@@ -42,7 +42,7 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
     selection = Selection(None, None, overrides, _NO_MARK)
     selection.validate(model, instrumentation.sites)
     widths = {}
-    for site in _changeable(instrumentation):
+    for site in _changeable(instrumentation.sites):
         fields, _ = selection.resolve(model, site)
         wanted = {name: bits for name, bits in (fields or {}).items() if name in NAMES}
         if wanted:
@@ -73,18 +73,16 @@ def change_model_bits(
     if unknown:
         msg = f"widths are named {NAMES}. Found: {unknown}."
         raise ConfigError(msg)
-    Selection(None, modules, None, QUANT_MARK).validate(model, instrumentation.sites)
     own = instrumentation.plans["quantize"]
     widths = {}
-    for site in _changeable(instrumentation):
-        if modules is None or any(matches(site, pattern) for pattern in modules):
-            planned = instrumentation.planned_widths(site)
-            wanted = {
-                name: bits
-                for name, bits in fields.items()
-                if getattr(planned, name) == own[name] and _has_codes(name, planned)
-            }
-            widths[site.key] = dataclasses.replace(widths_of(site), **wanted)
+    for site in _changeable(sites_within(model, modules)):
+        planned = instrumentation.planned_widths(site)
+        wanted = {
+            name: bits
+            for name, bits in fields.items()
+            if getattr(planned, name) == own[name] and _has_codes(name, planned)
+        }
+        widths[site.key] = dataclasses.replace(widths_of(site), **wanted)
     _apply(model, instrumentation, widths)
     return model
 
@@ -100,9 +98,9 @@ def _planned(model: nn.Module) -> Instrumentation:
     return instrumentation
 
 
-def _changeable(instrumentation: Instrumentation) -> list[Site]:
+def _changeable(sites: Sequence[Site]) -> list[Site]:
     """Return the quantized sites with widths of their own."""
-    return [site for site in instrumentation.sites if site.quantized and not site.completes_fold]
+    return [site for site in sites if site.quantized and not site.completes_fold]
 
 
 def _has_codes(name: str, widths: Widths) -> bool:
