@@ -20,7 +20,8 @@ from lightning_linger.platforms.limits import limits_of
 from tests.models import Chain, Lambda, ResNet
 from tests.ops import cases as ops_cases
 from tests.test_readme import ROOT, blocks, run
-from tests.thinker.cases import ALL, PLATFORMS, PackCase
+from tests.thinker.cases import ALL
+from tests.thinker.cases.case import PLATFORMS, PackCase
 
 SEVEN = (torch.randn(1, 2, 12, 12),)
 

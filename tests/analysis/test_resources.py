@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_linger as linger
 from lightning_linger.analysis import Resources
 from tests.models import Chain, Lambda, ResNet
-from tests.thinker.cases import KeywordSpotter, chain, conv, on_conv, on_linear
+from tests.thinker.cases.case import chain, conv, on_conv, on_linear
+from tests.thinker.cases.networks import KeywordSpotter
 
 
 class SmallNet(nn.Module):

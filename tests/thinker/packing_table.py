@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.thinker.cases import ENGINES, GROUPS, PLATFORMS, PackCase
+from tests.thinker.cases import GROUPS
+from tests.thinker.cases.case import ENGINES, PLATFORMS, PackCase
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "packing.md"

@@ -10,7 +10,8 @@ import lightning_linger as linger
 from lightning_linger.export import OnnxIntegerRunner, export_onnx
 from lightning_linger.export.capture import flat_tensors
 from lightning_linger.export.packer import pack
-from tests.thinker.cases import ALL, ENGINES, PLATFORMS, PackCase
+from tests.thinker.cases import ALL
+from tests.thinker.cases.case import ENGINES, PLATFORMS, PackCase
 from tests.thinker.packing_table import PAGE, page
 
 

@@ -117,7 +117,7 @@ def recurrent(kind: str, name: str, build: Any, reason: str | None = None, **mor
     refused = {"linger": reason} if reason else {}
     refused |= more.pop("refused", {})
     # The float function has unrounded weights and a state that never saturated, so it may be out of
-    # range where the integers are not; test_recurrent.py compares gradients.
+    # range where the integers are not; tests/ops/recurrent compares gradients.
     return Case(kind, name, build, refused=refused, gradient="none", **more)
 
 
