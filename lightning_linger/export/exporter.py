@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +11,22 @@ from typing import Any
 from onnxscript import ir
 from torch import nn
 
-from lightning_linger.__about__ import __version__
 from lightning_linger.core.errors import ConfigError, NotReadyError, UnsupportedError
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
 from lightning_linger.core.logs import logger
 from lightning_linger.core.sites import Site
 from lightning_linger.export.capture import capture
-from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.dialects import dialect_of, variant_of
 from lightning_linger.export.dynamic import DynamicAxes, check_axes, open_axes, resized
 from lightning_linger.export.ends import give_codes, take_codes
 from lightning_linger.export.files import check_target
+from lightning_linger.export.finishing import finish, remove_unused
 from lightning_linger.export.inputs import Inputs
 from lightning_linger.export.lowering import Lowered, lower
+from lightning_linger.export.metadata import describe
 from lightning_linger.export.written import write_model
 from lightning_linger.simulate.integer import integer
 from lightning_linger.stages.prepare import check_example, no_trace
-
-METADATA_PREFIX = "lightning_linger."
 
 
 def export_onnx(
@@ -119,11 +114,11 @@ def export_onnx(
             ends["inputs"] = take_codes(graph, names, chosen.boundary)
         if integer_outputs:
             ends["outputs"] = give_codes(graph, outputs, chosen.boundary)
-        _finish(captured.model, names, outputs, chosen)
+        finish(captured.model, names, outputs, chosen)
         made = {value for node in graph for value in node.outputs}
         results = {site: v.name for site, v in lowered.results.items() if v in made}
         described = {"steps": lowered.steps, "results": results, **ends}
-        _describe(captured.model, sites, chosen, described)
+        describe(captured.model, sites, chosen, described)
         return captured.model
 
     with _in_evaluation(model, instrumentation):
@@ -131,7 +126,7 @@ def export_onnx(
         _refuse_without_dialect(sites)
         chosen.check(sites)
         exported = open_axes(build, sizes) if sizes else build({})
-    _remove_unused(exported.graph)
+    remove_unused(exported.graph)
     write_model(exported, target, external_data)
     logger.info("wrote %s in dialect %s", target, dialect)
     return target
@@ -185,114 +180,3 @@ def _require_ready(instrumentation: Instrumentation, sites: list[Site]) -> None:
             "leave them in float with `overrides`."
         )
         raise NotReadyError(msg)
-
-
-# --- the finished graph -----------------------------------------------------------------------
-
-
-def _finish(
-    model: ir.Model, input_names: list[str], output_names: list[str], dialect: Dialect
-) -> None:
-    graph = model.graph
-    _remove_unused(graph)
-    _name_ends(graph, input_names, output_names)
-    _make_names_unique(graph)
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in _values(graph):
-        value.metadata_props.clear()
-    graph.metadata_props.clear()
-    used = {node.domain for node in graph}
-    graph.opset_imports.clear()
-    graph.opset_imports[""] = dialect.opset_version
-    for domain, version in dialect.domains.items():
-        if domain in used:
-            graph.opset_imports[domain] = version
-    model.ir_version = dialect.ir_version
-
-
-def _remove_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not any(output is value for output in graph.outputs):
-            del graph.initializers[name]
-
-
-def _name_ends(graph: ir.Graph, input_names: list[str], output_names: list[str]) -> None:
-    """Give inputs and outputs the model's names; every output is a value of its own."""
-    for value, name in zip(graph.inputs, input_names, strict=True):
-        value.name = name
-    taken = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
-    for index, name in enumerate(output_names):
-        output = graph.outputs[index]
-        wanted = name if name not in input_names else f"{name}_output"
-        if id(output) in taken:
-            node = ir.Node("", "Identity", [output], name=wanted, num_outputs=1)
-            node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
-            graph.append(node)
-            graph.outputs[index] = output = node.outputs[0]
-        taken.add(id(output))
-        output.name = wanted
-
-
-def _make_names_unique(graph: ir.Graph) -> None:
-    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
-    taken: Counter[str] = Counter(str(name) for name in ends)
-    for value in _values(graph):
-        if any(value is end for end in (*graph.inputs, *graph.outputs)):
-            continue
-        value.name = _free(str(value.name), taken)
-    renamed = {str(value.name): value for value in graph.initializers.values()}
-    graph.initializers.clear()
-    graph.initializers.update(renamed)
-    nodes: Counter[str] = Counter()
-    for node in graph:
-        node.name = _free(str(node.name or node.op_type), nodes)
-
-
-def _free(name: str, taken: Counter[str]) -> str:
-    candidate = name
-    while taken[candidate]:
-        taken[name] += 1
-        candidate = f"{name}_{taken[name] - 1}"
-    taken[candidate] += 1
-    return candidate
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from list(graph.initializers.values())
-    for node in graph:
-        yield from node.outputs
-
-
-def _describe(
-    model: ir.Model, sites: list[Site], dialect: Dialect, described: Mapping[str, Any]
-) -> None:
-    model.producer_name = "lightning-linger"
-    model.producer_version = __version__
-    model.metadata_props.clear()
-    model.metadata_props[METADATA_PREFIX + "version"] = __version__
-    if not sites:
-        return
-    platforms = sorted({site.platform_name for site in sites})
-    model.metadata_props[METADATA_PREFIX + "dialect"] = dialect.name
-    model.metadata_props[METADATA_PREFIX + "platform"] = ",".join(platforms)
-    model.metadata_props[METADATA_PREFIX + "config"] = json.dumps(_config_summary(sites))
-    for name, found in described.items():
-        model.metadata_props[METADATA_PREFIX + name] = json.dumps(found)
-
-
-def _config_summary(sites: list[Site]) -> dict[str, Any]:
-    """Return the most common configuration, and by site what differs from it."""
-    configs = {site.key: dataclasses.asdict(site.config) for site in sites if site.config}
-    common = json.loads(Counter(json.dumps(c) for c in configs.values()).most_common(1)[0][0])
-    differing = {
-        key: {name: value for name, value in config.items() if value != common[name]}
-        for key, config in configs.items()
-        if config != common
-    }
-    return {"common": common, "sites": differing}

@@ -23,9 +23,9 @@ from lightning_linger.core.errors import ConfigError, NotReadyError, Unsupported
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.tags import tag_of
 from lightning_linger.export.engines import engine_of
-from lightning_linger.export.exporter import METADATA_PREFIX
 from lightning_linger.export.files import check_target, write_atomically
 from lightning_linger.export.inputs import Inputs
+from lightning_linger.export.metadata import METADATA_PREFIX
 from lightning_linger.export.reading import input_names, read_model
 from lightning_linger.export.runner import OnnxIntegerRunner
 from lightning_linger.simulate.divergence import main_result
