@@ -18,7 +18,7 @@ from onnxscript import ir
 from torch import Tensor
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError, near_matches
-from lightning_linger.export.capture import FailingForwardError
+from lightning_linger.export.capture_errors import FailingForwardError
 
 # By name of an input: what its axes are called. An axis has one size wherever it stands.
 DynamicAxes = Mapping[str, Mapping[int, str]]

@@ -10,10 +10,10 @@ from typing import Any
 from onnxscript import ir
 
 from lightning_linger.core.errors import UnsupportedError
-from lightning_linger.export.capture import (
+from lightning_linger.export.capture import Captured
+from lightning_linger.export.captured_nodes import (
     CAPTURE_DOMAIN,
     OPERAND_OPS,
-    Captured,
     arguments_of,
     label_of,
 )

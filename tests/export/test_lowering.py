@@ -9,7 +9,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from onnxscript import ir
 
-from lightning_linger.export.capture import ARGUMENTS, CAPTURE_DOMAIN, Captured
+from lightning_linger.export.capture import Captured
+from lightning_linger.export.captured_nodes import ARGUMENTS, CAPTURE_DOMAIN
 from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.lowering import lower
 from lightning_linger.export.qdq import WRITES, boundary, qdq_dialect
