@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read, capturing
-from lightning_linger.core.config import (
-    Granularity,
-    QuantConfig,
-)
+from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.images import FirstConv, normalized
-from lightning_linger.core.integer import (
-    quantize,
-)
+from lightning_linger.core.integer import quantize
 from lightning_linger.core.limits import Limits, apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.payload import real_values

@@ -19,7 +19,8 @@ from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
-from lightning_linger.ops.selection import at_common_step, integer_maximum
+from lightning_linger.ops.common_step import at_common_step
+from lightning_linger.ops.selection import integer_maximum
 
 
 class ClampCall(NamedTuple):

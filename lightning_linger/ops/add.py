@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import capturing, without_autocast
-from lightning_linger.core.fake_quantize import (
-    Scalar,
-    fake_quantize,
-    round_to_coarser,
-)
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize, round_to_coarser
 from lightning_linger.core.functions import name_functions
 from lightning_linger.core.integer import (
     code_limits,

@@ -24,8 +24,8 @@ from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_held_by, tag_of, with_tag
 from lightning_linger.ops.arguments import refused_arguments
+from lightning_linger.ops.common_step import at_common_step
 from lightning_linger.ops.pairs import multiplies
-from lightning_linger.ops.selection import at_common_step
 
 
 class CatCall(NamedTuple):

@@ -23,12 +23,7 @@ from torch import Tensor
 
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fake_quantize import Scalar
-from lightning_linger.core.integer import (
-    code_limits,
-    integer_op,
-    is_power_of_two,
-    payload_dtype,
-)
+from lightning_linger.core.integer import code_limits, integer_op, is_power_of_two, payload_dtype
 from lightning_linger.core.payload import integer_codes, step_of
 from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_linger.core.capture import capturing
 from lightning_linger.core.graph import TensorSpec
 from lightning_linger.core.integer import EXACT_FLOAT32, integer_op, payload_dtype
 from lightning_linger.core.payload import integer_codes, step_of
@@ -19,12 +18,7 @@ from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_held_by, with_tag, with_tag_of
 from lightning_linger.ops.conv import finish_accumulator, in_one_product, is_wide
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.kernel import (
-    Target,
-    in_full_precision,
-    run_kernel,
-    without_gradients,
-)
+from lightning_linger.ops.kernel import Target, in_full_precision, run_kernel, without_gradients
 from lightning_linger.ops.projection import Projection
 from lightning_linger.ops.refused import RefusedOp
 from lightning_linger.ops.results import finish, finish_codes, integer_result, minimum_step
@@ -185,103 +179,6 @@ def _codes(x: Tensor) -> Tensor:
     return with_tag(integer_codes(x), tag_held_by(x))
 
 
-# --- einsum ---------------------------------------------------------------------------------
-
-
-class Contraction(NamedTuple):
-    """The indices of a two-operand ``einsum`` by what becomes of them.
-
-    Args:
-        x: Indices of the first operand, one per dimension.
-        y: Indices of the second.
-        batch: In both operands and the result.
-        left: In the first operand and the result.
-        right: In the second operand and the result.
-        summed: In both operands only.
-        result: Indices of the result.
-    """
-
-    x: str
-    y: str
-    batch: str
-    left: str
-    right: str
-    summed: str
-    result: str
-
-    @property
-    def swapped(self) -> Contraction:
-        """The same with the operands exchanged."""
-        return self._replace(x=self.y, y=self.x, left=self.right, right=self.left)
-
-
-def contraction(equation: str, x: tuple[int, ...], y: tuple[int, ...]) -> Contraction | str:
-    """Read an ``einsum`` equation as one matrix product.
-
-    Args:
-        equation: With two operands; ``...`` stands for leading dimensions that both share.
-        x: Shape of the first operand.
-        y: Shape of the second operand.
-
-    Returns:
-        The contraction, or why it is no matrix product.
-    """
-    operands, arrow, result = equation.replace(" ", "").partition("->")
-    terms = operands.split(",")
-    if len(terms) != 2:
-        return "einsum with other than two operands; write it as matrix products"
-    unused = [chr(code) for code in range(ord("A"), ord("Z") + 1) if chr(code) not in equation]
-    rank = max(
-        len(shape) - len(term.replace("...", "")) if "..." in term else 0
-        for term, shape in zip(terms, (x, y), strict=True)
-    )
-    dots = "".join(unused[:rank])
-    named = []
-    for term, shape in zip(terms, (x, y), strict=True):
-        own = len(shape) - len(term.replace("...", ""))
-        named.append(term.replace("...", dots[rank - own :] if own else ""))
-    a, b = named
-    if arrow:
-        result = result.replace("...", dots)
-    else:
-        once = [i for i in sorted(set(a + b)) if (a + b).count(i) == 1 and i not in dots]
-        result = dots + "".join(once)
-    if any(len(set(term)) != len(term) for term in (a, b, result)):
-        return "einsum with an index twice in one operand; take the diagonal first"
-    sizes = dict(zip(a, x, strict=True))
-    if any(sizes.get(i, size) != size for i, size in zip(b, y, strict=True)):
-        return "einsum that broadcasts sizes of 1; expand the operand first"
-    if any(i not in result for i in set(a) ^ set(b)):
-        return "einsum that sums an index of one operand alone; sum it first"
-    return Contraction(
-        x=a,
-        y=b,
-        batch="".join(i for i in result if i in a and i in b),
-        left="".join(i for i in result if i in a and i not in b),
-        right="".join(i for i in result if i in b and i not in a),
-        summed="".join(i for i in a if i in b and i not in result),
-        result=result,
-    )
-
-
-def _arranged(x: Tensor, indices: str, groups: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
-    """Permute a tensor so that its indices stand in groups, one dimension each."""
-    order = "".join(groups)
-    shape = [math.prod([sizes[i] for i in group]) for group in groups]
-    return with_tag_of(x, x.permute([indices.index(i) for i in order]).reshape(shape))
-
-
-def _spread(x: Tensor, indices: str, result: str, sizes: dict[str, int]) -> Tensor:
-    """Give every index its dimension again, in the order of the result."""
-    full_shape = x.reshape([sizes[i] for i in indices])
-    return with_tag_of(x, full_shape.permute([indices.index(i) for i in result]))
-
-
-def _sizes(found: Contraction, x: Tensor, y: Tensor) -> dict[str, int]:
-    pairs = (*zip(found.x, x.shape, strict=True), *zip(found.y, y.shape, strict=True))
-    return dict(pairs)
-
-
 # --- ops ------------------------------------------------------------------------------------
 
 
@@ -295,7 +192,7 @@ class ProductCall(NamedTuple):
 
 
 class ProductOp(Op):
-    """``matmul`` in all its spellings, ``bmm`` and ``einsum`` of two operands.
+    """``matmul`` in all its spellings, and ``bmm``.
 
     Both factors are activations, or one is a parameter or buffer of the model, which is then the
     weight of a linear layer: it lies on the weight grid, with a step from its present values, and
@@ -316,30 +213,41 @@ class ProductOp(Op):
 
     def operands(self, call: ProductCall) -> list[Any]:
         """Both factors, or the one that is no weight."""
-        side = _weight_side(call)
+        side = self.weight_side(call)
         pair = [call.input, call.other]
         return [x for position, x in enumerate(pair) if position != side]
 
     def parameters(self, call: ProductCall) -> list[Any]:
         """The factor that is a weight, if one is."""
-        side = _weight_side(call)
+        side = self.weight_side(call)
         return [] if side is None else [[call.input, call.other][side]]
 
     def obstacle(self, call: ProductCall) -> str | None:
         """What is no product of two activations, or of one and a weight."""
         if call.unsupported is not None:
             return call.unsupported
-        if call.equation:
-            found = contraction(call.equation, call.input.shape, call.other.shape)
-            if isinstance(found, str):
-                return found
         if call.input.constant and call.other.constant:
             return "both factors are parameters"
         return None
 
+    def weight_side(self, call: ProductCall) -> int | None:
+        """Return which factor of a recorded call is a weight, if one is."""
+        pair = call[:2]
+        if (
+            any(not isinstance(x, TensorSpec) for x in pair)
+            or call.input.constant == call.other.constant
+        ):
+            return None
+        side = 1 if call.other.constant else 0
+        return side if self.is_weight(call, side) else None
+
+    def is_weight(self, call: ProductCall, side: int) -> bool:
+        """Whether a factor that is a constant of the model is one matrix, or a vector."""
+        return len((call.input, call.other)[side].shape) <= 2
+
     def run_float(self, site: Site, call: ProductCall) -> Any:
         """Limit the weight, if there is one."""
-        side = _weight_side(site.recorded_call)
+        side = self.weight_side(site.recorded_call)
         return NotImplemented if side is None else self._run_layer(site, call, side, False)
 
     def run_fake(self, site: Site, call: ProductCall) -> Any:
@@ -351,7 +259,7 @@ class ProductOp(Op):
         return self._run(site, call)
 
     def _run(self, site: Site, call: ProductCall) -> Any:
-        side = _weight_side(site.recorded_call)
+        side = self.weight_side(site.recorded_call)
         if side is not None:
             return self._run_layer(site, call, side, True)
         return self._run_product(site, call)
@@ -380,52 +288,6 @@ class ProductOp(Op):
         if weight.dim() == 1:
             return with_tag_of(y, y.squeeze(-1))
         return with_tag_of(y, y.mT) if turned else y
-
-
-class EinsumOp(ProductOp):
-    """``einsum`` of two operands that is one (batched) matrix product."""
-
-    def bind(self, equation: Any, *operands: Any) -> ProductCall:
-        """Bind ``(equation, *operands)`` or ``(equation, [operands])``."""
-        if len(operands) == 1 and isinstance(operands[0], list | tuple):
-            operands = tuple(operands[0])
-        if not isinstance(equation, str):
-            return ProductCall(None, None, unsupported="einsum with lists of indices")
-        if len(operands) != 2:
-            first = operands[0] if operands else None
-            reason = "einsum with other than two operands; write it as matrix products"
-            return ProductCall(first, None, equation, reason)
-        return ProductCall(operands[0], operands[1], equation)
-
-    def multiply(self, site: Site, call: ProductCall, x: Tensor, y: Tensor) -> Any:
-        """Permute, multiply, permute."""
-        found = contraction(call.equation, x.shape, y.shape)
-        if isinstance(found, str):
-            return NotImplemented
-        sizes = _sizes(found, x, y)
-        batch = (found.batch,) if found.batch else ()
-        a = _arranged(x, found.x, (*batch, found.left, found.summed), sizes)
-        b = _arranged(y, found.y, (*batch, found.summed, found.right), sizes)
-        y = last_product(site, a, b)
-        return _spread(y, found.batch + found.left + found.right, found.result, sizes)
-
-    def _run_layer(self, site: Site, call: ProductCall, side: int, quantized: bool) -> Any:
-        pair: list[Any] = [call.input, call.other]
-        weight, x = pair[side], pair[1 - side]
-        found = contraction(call.equation, call.input.shape, call.other.shape)
-        if isinstance(found, str):
-            return NotImplemented
-        if side == 0:
-            found = found.swapped
-        sizes = _sizes(found, x, weight)
-        matrix = _arranged(weight, found.y, (found.right, found.summed), sizes)
-        if not capturing() and matrix.data_ptr() != weight.data_ptr():
-            site.weight_is_computed = True  # a copy: its memory does not tell whether it is valid
-        rows = _arranged(x, found.x, (*found.left, found.summed), sizes)
-        y = run_layer(site, rows, matrix, None, quantized)
-        if y is NotImplemented:
-            return NotImplemented
-        return _spread(y, found.left + found.right, found.result, sizes)
 
 
 class AddmmCall(NamedTuple):
@@ -503,25 +365,8 @@ def run_layer(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, quanti
         return layer.run_last(site, operand)
 
 
-def _weight_side(call: ProductCall) -> int | None:
-    """Return which factor of a recorded call is a weight, if one is."""
-    pair = call[:2]
-    if (
-        any(not isinstance(x, TensorSpec) for x in pair)
-        or call.input.constant == call.other.constant
-    ):
-        return None
-    side = 1 if call.other.constant else 0
-    if call.equation:
-        found = contraction(call.equation, call.input.shape, call.other.shape)
-        plain = isinstance(found, Contraction) and not found.batch
-        return side if plain else None
-    return side if len(pair[side].shape) <= 2 else None
-
-
 register(ProductOp("matmul"), "matmul", "__matmul__", "mm", "mv", "dot")
 register(ProductOp("bmm"))
-register(EinsumOp("einsum"))
 register(AddmmOp("addmm"))
 register(
     RefusedOp("baddbmm", "baddbmm adds and multiplies in one call; write `torch.bmm(x, y) + z`")

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.fake_quantize import Scalar
-from lightning_linger.core.integer import (
-    integer_op,
-    multiplier,
-    payload_dtype,
-    rescale,
-)
+from lightning_linger.core.integer import integer_op, multiplier, payload_dtype, rescale
 from lightning_linger.core.platform import arithmetic_of
 from lightning_linger.core.rounding import ROUNDINGS
 from lightning_linger.ops import tflite

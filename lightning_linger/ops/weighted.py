@@ -11,9 +11,7 @@ from torch import Tensor
 from lightning_linger.core.capture import can_read, capturing, without_autocast
 from lightning_linger.core.fake_quantize import Scalar, straight_through
 from lightning_linger.core.images import is_raw
-from lightning_linger.core.integer import (
-    float32_code_limits,
-)
+from lightning_linger.core.integer import float32_code_limits
 from lightning_linger.core.limits import limited
 from lightning_linger.core.payload import integer_codes
 from lightning_linger.core.registry import Op
@@ -44,12 +42,7 @@ from lightning_linger.ops.parameters import (
     weight_step,
 )
 from lightning_linger.ops.prepared import Prepared, is_valid, prepare_weights
-from lightning_linger.ops.results import (
-    IntegerResult,
-    finish,
-    finish_codes,
-    integer_result,
-)
+from lightning_linger.ops.results import IntegerResult, finish, finish_codes, integer_result
 
 
 class WeightedOp(Op, ABC):

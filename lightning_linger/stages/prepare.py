@@ -16,11 +16,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_linger.ops  # noqa: F401 - fills the op table
 from lightning_linger.core.errors import ConfigError, NonFiniteError, UnsupportedError
 from lightning_linger.core.graph import Graph, Run
-from lightning_linger.core.instrumentation import (
-    STATE_NAME,
-    Instrumentation,
-    is_prepared,
-)
+from lightning_linger.core.instrumentation import STATE_NAME, Instrumentation, is_prepared
 from lightning_linger.core.modes import kept_modes
 from lightning_linger.core.recorder import Recorder, WholeModelRan
 

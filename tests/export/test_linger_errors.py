@@ -9,12 +9,7 @@ from torch import nn
 
 import lightning_linger as linger
 from lightning_linger.export import export_onnx
-from tests.export.linger_models import (
-    Net,
-    conv_model,
-    image,
-    quantized,
-)
+from tests.export.linger_models import Net, conv_model, image, quantized
 
 
 def refused(model, error, match, *inputs, path, **kwargs):

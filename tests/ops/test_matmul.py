@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import lightning_linger as linger
 from lightning_linger import QuantConfig
 from lightning_linger.core.integer import code_limits, payload_dtype
-from lightning_linger.ops.matmul import contraction, integer_matmul, largest_sum
+from lightning_linger.ops.contraction import contraction
+from lightning_linger.ops.matmul import integer_matmul, largest_sum
 from tests.models import Lambda, assert_integer_exact, bits_of, site_of, train
 
 SHAPES = [

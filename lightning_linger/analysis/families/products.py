@@ -9,7 +9,7 @@ from lightning_linger.analysis.walk import Reader, Visit
 from lightning_linger.core.graph import TensorSpec
 from lightning_linger.core.integer import is_power_of_two
 from lightning_linger.ops.attention import AttentionCall, MultiHeadCall
-from lightning_linger.ops.matmul import Contraction, contraction
+from lightning_linger.ops.contraction import Contraction, contraction
 
 
 def add_linear(

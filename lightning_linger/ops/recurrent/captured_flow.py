@@ -10,17 +10,12 @@ from torch import Tensor
 from lightning_linger.core.fake_quantize import fake_quantize
 from lightning_linger.core.tags import tag_held_by, with_tag
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.recurrent.arithmetic import (
-    CELL_STEP,
-)
+from lightning_linger.ops.recurrent.arithmetic import CELL_STEP
 from lightning_linger.ops.recurrent.call import Direction
 from lightning_linger.ops.recurrent.floating import run_float
 from lightning_linger.ops.recurrent.flow import Grid, Passed, projections
 from lightning_linger.ops.recurrent.gradients import Parameters
-from lightning_linger.ops.recurrent.kernels import (
-    from_rows,
-    to_rows,
-)
+from lightning_linger.ops.recurrent.kernels import from_rows, to_rows
 from lightning_linger.ops.recurrent.real_flow import RealFlow
 
 

@@ -16,11 +16,7 @@ from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
 from lightning_linger.ops.activation import integer_clamp
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.folding import full
-from lightning_linger.ops.recurrent.arithmetic import (
-    CELL_STEP,
-    UNIT,
-    curves_of,
-)
+from lightning_linger.ops.recurrent.arithmetic import CELL_STEP, UNIT, curves_of
 from lightning_linger.ops.recurrent.call import Direction, directions_of
 from lightning_linger.ops.recurrent.cells import Weights
 from lightning_linger.ops.recurrent.flow import (
@@ -31,11 +27,7 @@ from lightning_linger.ops.recurrent.flow import (
     Results,
     projections,
 )
-from lightning_linger.ops.recurrent.kernels import (
-    integer_gru,
-    integer_lstm,
-    integer_rnn,
-)
+from lightning_linger.ops.recurrent.kernels import integer_gru, integer_lstm, integer_rnn
 from lightning_linger.ops.results import integer_result
 
 

@@ -28,12 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.integer import integer_op, payload_dtype
-from lightning_linger.ops.recurrent.arithmetic import (
-    CELL_STEP,
-    HiddenGrid,
-    curves_of,
-    formats_of,
-)
+from lightning_linger.ops.recurrent.arithmetic import CELL_STEP, HiddenGrid, curves_of, formats_of
 from lightning_linger.ops.recurrent.cells import CELLS, Numbers, Weights
 from lightning_linger.ops.recurrent.loop import run_cell
 

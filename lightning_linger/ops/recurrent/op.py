@@ -16,21 +16,11 @@ from lightning_linger.core.platform import Platform
 from lightning_linger.core.registry import Op, Part
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_held_by, tag_of, with_tag
-from lightning_linger.ops.recurrent.call import (
-    RecurrentCall,
-    bind_cell,
-    bind_layer,
-    directions_of,
-)
+from lightning_linger.ops.recurrent.call import RecurrentCall, bind_cell, bind_layer, directions_of
 from lightning_linger.ops.recurrent.captured_flow import CapturedFlow
 from lightning_linger.ops.recurrent.code_flow import CodeFlow, finish_codes
 from lightning_linger.ops.recurrent.floating import run_float
-from lightning_linger.ops.recurrent.flow import (
-    Results,
-    limited_parameters,
-    part_name,
-    projections,
-)
+from lightning_linger.ops.recurrent.flow import Results, limited_parameters, part_name, projections
 from lightning_linger.ops.recurrent.fusion import is_fused
 from lightning_linger.ops.recurrent.kernels import from_rows, to_rows
 from lightning_linger.ops.recurrent.real_flow import RealFlow, finish_reals

@@ -17,7 +17,7 @@ from lightning_linger.core.registry import Op
 from lightning_linger.core.rounding import round_value
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import Tag, tag_held_by, tag_of, with_tag
-from lightning_linger.ops.selection import at_common_step
+from lightning_linger.ops.common_step import at_common_step
 
 
 class PackCall(NamedTuple):

@@ -19,12 +19,7 @@ from lightning_linger.core.tags import tag_held_by, with_tag
 from lightning_linger.ops.cat import integer_cat
 from lightning_linger.ops.folding import full
 from lightning_linger.ops.parameters import Parameters as Quantized
-from lightning_linger.ops.recurrent.arithmetic import (
-    CELL_STEP,
-    HiddenGrid,
-    curves_of,
-    formats_of,
-)
+from lightning_linger.ops.recurrent.arithmetic import CELL_STEP, HiddenGrid, curves_of, formats_of
 from lightning_linger.ops.recurrent.call import Direction
 from lightning_linger.ops.recurrent.cells import Numbers, Weights
 from lightning_linger.ops.recurrent.floating import run_float
@@ -37,11 +32,7 @@ from lightning_linger.ops.recurrent.flow import (
     projections,
 )
 from lightning_linger.ops.recurrent.gradients import Layer, Parameters, run_layer
-from lightning_linger.ops.recurrent.kernels import (
-    cell_codes,
-    from_rows,
-    to_rows,
-)
+from lightning_linger.ops.recurrent.kernels import cell_codes, from_rows, to_rows
 
 
 class RealFlow(Flow):

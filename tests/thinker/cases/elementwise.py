@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tests.thinker.cases.case import (
-    PackCase,
-    everywhere,
-    image,
-    on_conv,
-)
+from tests.thinker.cases.case import PackCase, everywhere, image, on_conv
 
 ELEMENTWISE = [
     PackCase("add", "`x + y`", on_conv(lambda m, x: m.conv(x) + m.other(x)), image(), ("iqadd_",)),

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.thinker.cases.case import (
-    PackCase,
-    conv,
-    everywhere,
-    image,
-    on_conv,
-    on_linear,
-    rows,
-)
+from tests.thinker.cases.case import PackCase, conv, everywhere, image, on_conv, on_linear, rows
 
 MOVEMENT = [
     PackCase(

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import ResNet
-from tests.thinker.cases.case import (
-    PackCase,
-    Refused,
-    everywhere,
-    image,
-    rows,
-)
+from tests.thinker.cases.case import PackCase, Refused, everywhere, image, rows
 
 
 class Separable(nn.Module):

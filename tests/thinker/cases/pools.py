@@ -6,14 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.models import Chain
-from tests.thinker.cases.case import (
-    PackCase,
-    everywhere,
-    image,
-    line,
-    on_conv,
-    refused_kernel,
-)
+from tests.thinker.cases.case import PackCase, everywhere, image, line, on_conv, refused_kernel
 
 POOLS = [
     PackCase(
