@@ -161,7 +161,7 @@ PLAN: tuple[Step, ...] = (
     Step(("attention",), _all(BOTH, "QAT", ("lsq",), MAIN_BITS)),
     Step(("digits",), _all((*BOTH, "tflite"), "QAT", ("lsq",), OTHER_BITS)),
     Step(("digits",), _peers(OTHER_BITS)),
-    Step(("kws",), _all(BOTH, "QAT", ("lsq",), MAIN_BITS)),
+    Step(("kws",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
     Step(("sequence",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("digits",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
     Step(("digits",), _all(("nics_fix",), "QAT", ("last_absmax",))),

@@ -40,8 +40,9 @@ class Task:
         last: Path of the layer that makes the logits.
         first: Path of the layer that reads the input, None where it is the network itself.
         epochs: Of the training in float that every recipe starts from.
-        tuning_epochs: Of every recipe, float included.
         learning_rate: Of the training in float.
+        tuning_epochs: Of every recipe, float included.
+        tuning_rate: The learning rate of every recipe, float included.
     """
 
     name: str
@@ -51,13 +52,9 @@ class Task:
     last: str
     first: str | None
     epochs: int
-    tuning_epochs: int
     learning_rate: float
-
-    @property
-    def tuning_rate(self) -> float:
-        """The learning rate of every recipe."""
-        return self.learning_rate / 4
+    tuning_epochs: int
+    tuning_rate: float
 
 
 def halves_of_digits(seed: int) -> tuple[Labelled, Labelled]:
@@ -103,8 +100,9 @@ TASKS: dict[str, Task] = {
             last="fc",
             first="stem",
             epochs=40,
-            tuning_epochs=20,
             learning_rate=4e-3,
+            tuning_epochs=20,
+            tuning_rate=1e-3,
         ),
         Task(
             "sequence",
@@ -114,8 +112,9 @@ TASKS: dict[str, Task] = {
             last="fc",
             first=None,
             epochs=60,
-            tuning_epochs=20,
             learning_rate=1e-2,
+            tuning_epochs=20,
+            tuning_rate=2.5e-3,
         ),
         Task(
             "attention",
@@ -125,8 +124,9 @@ TASKS: dict[str, Task] = {
             last="fc",
             first="embed",
             epochs=60,
-            tuning_epochs=20,
             learning_rate=4e-3,
+            tuning_epochs=20,
+            tuning_rate=1e-3,
         ),
         Task(
             "kws",
@@ -136,8 +136,10 @@ TASKS: dict[str, Task] = {
             last="fc",
             first="stem",
             epochs=12,
-            tuning_epochs=6,
             learning_rate=8e-3,
+            # Short epochs of a network without redundancy: few bits need as much training again.
+            tuning_epochs=12,
+            tuning_rate=8e-3,
         ),
     )
 }
