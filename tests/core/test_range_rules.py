@@ -177,6 +177,17 @@ def test_entropy_leaves_a_far_outlier_out_and_keeps_a_uniform_range() -> None:
     assert half_range("kl", gaussian, Grid(16)) == pytest.approx(30.0)
 
 
+def test_entropy_does_not_clip_more_for_the_zeros_behind_a_relu() -> None:
+    values = torch.randn(50_000)
+    sparse = torch.cat([values.relu(), values.new_zeros(200_000)])
+    assert half_range("kl", sparse) == half_range("kl", values[values > 0])
+
+
+def test_entropy_does_not_settle_for_the_few_values_next_to_zero() -> None:
+    lone = torch.cat([torch.tensor([7.5 / 2048] * 5), torch.linspace(0.1, 1.0, 5_000)])
+    assert half_range("kl", lone, Grid(4)) > 0.9
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 @settings(max_examples=20)
 @given(exponent=st.integers(-8, 8), seed=st.integers(0, 100))

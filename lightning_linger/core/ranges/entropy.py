@@ -7,8 +7,10 @@ from torch import Tensor
 
 from lightning_linger.core.grid import Grid
 
-# Thresholds are tried at every sixteenth bin.
+# Thresholds are tried at every sixteenth bin, from a sixteenth of all bins on: fewer may hold a
+# single value, which every distribution resembles.
 STRIDE = 16
+SMALLEST_PART = 16
 # What a bin that the rounded distribution leaves empty counts for.
 TINY = 1e-10
 
@@ -18,7 +20,9 @@ def entropy_threshold(counts: Tensor, top: Tensor, grid: Grid) -> Tensor:
 
     For each threshold the values beyond are moved to the last bin that is kept (P); the bins that
     are kept are merged to one per positive code and spread again over those that were not empty
-    (Q); the threshold of least ``sum P log(P / Q)`` is taken.
+    (Q); the threshold of least ``sum P log(P / Q)`` is taken. The first bin counts as much as its
+    neighbour: zeros, half of what is behind a ReLU, are exact with any threshold, and would hide
+    what clipping costs.
 
     Args:
         counts: ``[B]`` of magnitudes in equal bins.
@@ -26,8 +30,9 @@ def entropy_threshold(counts: Tensor, top: Tensor, grid: Grid) -> Tensor:
         grid: What will be rounded to.
     """
     bins, levels = counts.numel(), grid.qmax + 1
-    candidates = range(levels, bins + 1, STRIDE) if levels < bins else range(bins, bins + 1)
-    counts = counts.double()
+    first = min(max(levels, bins // SMALLEST_PART), bins)
+    candidates = range(first, bins + 1, STRIDE)
+    counts = torch.cat([counts[1:2], counts[1:]]).double()
     positions = torch.arange(bins, device=counts.device)
     divergences = [_divergence(counts, positions, kept, levels) for kept in candidates]
     best = torch.stack(divergences).flip(0).argmin()
