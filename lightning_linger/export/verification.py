@@ -258,6 +258,7 @@ def _locate(
 ) -> Difference:
     """Find the first site whose result differs, or else the first output."""
     results = _metadata(proto, "results")
+    # A file that cannot be looked into is compared at its outputs.
     with contextlib.suppress(UnsupportedError):
         traced = _trace(verdict.path, proto, [*results.values()], arrays)
         for site, (codes, step) in _site_results(model, inputs, arrays).items():

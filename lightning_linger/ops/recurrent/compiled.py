@@ -105,7 +105,7 @@ class CompiledSteps:
                 recorded = make_fx(step)(*operands)
                 run = torch.compile(recorded, fullgraph=True, dynamic=False)
                 run(*operands)
-        except Exception as error:
+        except Exception as error:  # whatever a compiler raises: nothing depends on it
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if reason not in self._said:
                 self._said.add(reason)
