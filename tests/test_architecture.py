@@ -1,6 +1,7 @@
 """The parts of the package import only from the parts that `docs/architecture.md` puts before."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def files() -> list[Path]:
 def test_the_page_lists_every_part() -> None:
     parts = {file.relative_to(PACKAGE).parts[0] for file in files() if file.parent != PACKAGE}
     assert parts == set(LAYERS)
+
+
+def test_the_page_names_files_that_there_are() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([a-z_]+/(?:[a-z_]+\.py)?)`", page))
+    assert "core/function_mode.py" in named
+    for name in named:
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
 def test_the_guide_lists_the_same_order() -> None:
