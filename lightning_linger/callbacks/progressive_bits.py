@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_linger.callbacks._compat import Callback, misconfiguration
+from lightning_linger.callbacks.algorithm import algorithms_of
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.quantize import QuantizeCallback
@@ -65,6 +66,15 @@ class ProgressiveBitsCallback(Callback):
                 f"{last + 1} or later."
             )
             raise misconfiguration(msg)
+        for algorithm in algorithms_of(trainer):
+            start = algorithm.schedule.at_epoch
+            if algorithm.name == "adaround" and start is not None and start < last:
+                msg = (
+                    f"AdaRoundCallback(at_epoch={start}) learns to round to the widths of then, "
+                    f"and ProgressiveBitsCallback still changes them in epoch {last}. HINT: learn "
+                    f"in epoch {last + 1} or later, or leave `at_epoch` away."
+                )
+                raise misconfiguration(msg)
         epochs = trainer.max_epochs
         if epochs is not None and 0 <= epochs <= last and not trainer.fast_dev_run:
             msg = (

@@ -67,8 +67,11 @@ def set_widths(site: Site, widths: Widths) -> None:
     assert platform is not None  # a plan gives it together with the settings
     call = site.recorded_call
     site.config = config
-    if site.weight_grid is not None:
+    if site.weight_grid is not None and site.weight_bits != widths.weight_bits:
         site.weight_grid = dataclasses.replace(site.weight_grid, bits=widths.weight_bits)
+        # Steps that were held while ranges stand still are those of the width before.
+        site.release_steps()
+        site.latest_steps = {}
         for learned in site.learned_scales():
             learned.change_grid(site.weight_grid)
     site.operand_bits = {}
@@ -85,9 +88,6 @@ def set_widths(site: Site, widths: Widths) -> None:
     if site.output is not None and widths.output_bits is not None:
         known = site.op.output_range(call, config, platform)
         _change(site.output, widths.output_bits, config, platform, known)
-    # Steps that were held while ranges stand still are those of the width before.
-    site.release_steps()
-    site.latest_steps = {}
     site.thaw()
 
 

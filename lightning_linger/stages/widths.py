@@ -35,7 +35,8 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
         The model.
 
     Raises:
-        ConfigError: If a pattern matches nothing, or a width is not allowed.
+        ConfigError: If a pattern matches nothing, a width is not allowed, or weights are rounded as
+            :func:`lightning_linger.adaround` has learned for the width they have.
         NotReadyError: If the model has no plan.
     """
     instrumentation = _planned(model)
@@ -65,7 +66,8 @@ def change_model_bits(
         modules: Globs on dotted paths; None takes the whole model.
 
     Raises:
-        ConfigError: If a glob matches nothing, a name is none, or a width is not allowed.
+        ConfigError: If a glob matches nothing, a name is none, a width is not allowed, or weights
+            are rounded as :func:`lightning_linger.adaround` has learned for the width they have.
         NotReadyError: If the model has no plan.
     """
     instrumentation = _planned(model)
@@ -129,4 +131,14 @@ def _apply(model: nn.Module, instrumentation: Instrumentation, widths: dict[str,
 def _check(instrumentation: Instrumentation, widths: Mapping[str, Widths]) -> None:
     """Refuse before anything is changed."""
     for key, new in widths.items():
-        changed_config(instrumentation.find(key), new)
+        site = instrumentation.find(key)
+        changed_config(site, new)
+        learned = "adaround" in instrumentation.applied and "weights" in site.frozen
+        if learned and new.weight_bits != site.weight_bits:
+            msg = (
+                f"`{key}`: its weights are rounded as `adaround` has learned for "
+                f"{site.weight_bits} bits, which {new.weight_bits} would undo. Change widths "
+                "first. To give up what was learned, let the ranges of weights move again: "
+                "`linger.freeze_ranges(model, frozen=False, parts=['weights'])`."
+            )
+            raise ConfigError(msg)

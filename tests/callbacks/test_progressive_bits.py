@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lightning_linger as linger
 from lightning_linger.callbacks import (
+    AdaRoundCallback,
     CalibrateCallback,
     FuseBNCallback,
     IntegerValidatorCallback,
@@ -147,6 +148,14 @@ def test_an_average_of_the_weights_has_the_same_widths(tmp_path: Path) -> None:
             "freeze at 3 or later",
         ),
         ([QuantizeCallback(), ProgressiveBitsCallback({0: 8, 4: 4})], "the last one is 3"),
+        (
+            [
+                QuantizeCallback(),
+                AdaRoundCallback(at_epoch=1),
+                ProgressiveBitsCallback({0: 8, 2: 4}),
+            ],
+            r"AdaRoundCallback\(at_epoch=1\) learns.*learn in epoch 3 or later",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, callbacks: list[Any], message: str) -> None:

@@ -225,3 +225,50 @@ def test_steps_that_were_held_are_those_of_the_new_width() -> None:
     assert held
     for name, value in held.items():
         assert torch.equal(value, planned.state_dict()[name]), name
+
+
+@torch.no_grad()
+def test_frozen_weights_keep_their_steps_where_other_widths_change() -> None:
+    model, x = quantized("resnet", QuantConfig())
+    linger.freeze_ranges(model)
+    model.train()(x)
+    held = {name: v.clone() for name, v in model.state_dict().items() if "held_" in name}
+    for parameter in model.parameters():
+        parameter.mul_(3.0)
+    change_model_bits(model, {"activation_bits": 6, "output_bits": 6})
+    model.train()(x)
+    state = model.state_dict()
+    assert held
+    assert all(torch.equal(state[name], value) for name, value in held.items())
+    assert_integer_exact(model.eval(), x)
+
+
+@torch.no_grad()
+def test_learned_rounding_is_not_undone_by_another_width() -> None:
+    model, x = quantized("resnet", QuantConfig(weight_bits=3))
+    config = linger.AdaRoundConfig(steps=30, learning_rate=0.1)
+    rows = linger.adaround(model, [x], config, modules=["stem", "layers.*"])
+    learned = [row.site for row in rows if row.changed]
+    assert learned
+
+    def codes() -> dict[str, Tensor]:
+        model.eval()(x)
+        sites = instrumentation_of(model).sites
+        return {key: s.prepared["weights"].codes for s in sites if (key := s.key) in learned}
+
+    before, told = codes(), str(linger.summary(model))
+    with pytest.raises(ConfigError, match=r"rounded as `adaround` has learned for 3 bits, which 8"):
+        change_model_bits(model, {"weight_bits": 8})
+    with pytest.raises(ConfigError, match=rf"`{learned[0]}`.*Change widths first"):
+        change_bits(model, {"fc": {"weight_bits": 5}, learned[0]: {"weight_bits": 4}})
+    assert str(linger.summary(model)) == told
+    # What has learned nothing can change, and so can what flows between the layers.
+    change_bits(model, {"fc": {"weight_bits": 5}})
+    change_model_bits(model, {"activation_bits": 6, "output_bits": 6})
+    after = codes()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert_integer_exact(model, x)
+    # It can be given up.
+    linger.freeze_ranges(model, frozen=False, parts=["weights"])
+    change_model_bits(model, {"weight_bits": 8})
+    assert not all(torch.equal(codes()[key], value) for key, value in before.items())
