@@ -97,15 +97,15 @@ class QuantConfig:
     data_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
-        _require_bits("activation_bits", self.activation_bits, MIN_BITS, 16)
-        _require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
+        require_bits("weight_bits", self.weight_bits, MIN_BITS, 16)
+        require_bits("activation_bits", self.activation_bits, MIN_BITS, 16)
+        require_bits("bias_bits", self.bias_bits, 8, MAX_BITS)
         if self.output_bits is not None:
-            _require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
+            require_bits("output_bits", self.output_bits, MIN_BITS, MAX_BITS)
         if self.statistics_bits is not None:
-            _require_bits("statistics_bits", self.statistics_bits, MIN_BITS, 16)
+            require_bits("statistics_bits", self.statistics_bits, MIN_BITS, 16)
         if self.gradient_bits is not None:
-            _require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
+            require_bits("gradient_bits", self.gradient_bits, MIN_BITS, 16)
         _require_choice("scale", self.scale, ("power_of_two", "free", None))
         if type(self.granularity) is not int or self.granularity < 1:
             choices = ("tensor", "channel", "input_channel", None)
@@ -236,15 +236,10 @@ def check_fusion(value: RNNFusion) -> RNNFusion:
     return value
 
 
-def _require_bits(name: str, bits: object, low: int, high: int) -> None:
+def require_bits(name: str, bits: object, low: int, high: int) -> None:
+    """Refuse what is no width from ``low`` to ``high``."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
         msg = f"`{name}` must be an integer from {low} to {high}. Found: {bits!r}."
-        raise ConfigError(msg)
-
-
-def _require_weight_range(spec: str | float) -> None:
-    if RangeRule.parse(spec, "`weight_range`").accumulation != "all":
-        msg = f"`weight_range` sees one weight, not batches: drop the prefix. Found: {spec!r}."
         raise ConfigError(msg)
 
 

@@ -366,12 +366,22 @@ class Site(nn.Module):
         Args:
             name: Tells the weights of the site apart.
             step: What the weight asks for now.
+
+        Raises:
+            ConfigError: If as many steps were never to be held.
         """
         if "weights" in self.frozen:
             kept: Any = self._buffers.get(_held(name))
             if kept is None and not capturing():
                 kept = self.hold(name, step)
             if kept is not None:
+                count = 1 if isinstance(step, float) else step.numel()
+                if kept.numel() != count:
+                    msg = (
+                        f"`{self.key}`: its weight has {count} scales, and is to have "
+                        f"{kept.numel()} fixed ones. Load those of a model that is quantized alike."
+                    )
+                    raise ConfigError(msg)
                 step = float(kept) if isinstance(step, float) else kept.to(step.device)
         if not capturing():
             self.latest_steps[name] = step

@@ -92,7 +92,7 @@ def load_fix_configs(
     items = {(item.module, item.name): item for item in items_of(model)}
     if grad:
         items = {key: item for key, item in items.items() if item.gradient is not None}
-    given = {(m, name): config for m, inner in configs.items() for name, config in inner.items()}
+    given = _flat(configs)
     _resolve_weights(items, given)
     report = LoadReport(
         [item.label for key, item in items.items() if key not in given],
@@ -202,7 +202,7 @@ class _Load(NamedTuple):
             )
             raise ConfigError(msg)
         method = config.get("method")
-        wanted = None if method is None else read_method(int(method), f"`{item.label}`")
+        wanted = None if method is None else read_method(method, f"`{item.label}`")
         range_here = (
             numbered(node.estimator.kind) if grad and node is not None else item.range_method
         )
@@ -215,7 +215,7 @@ class _Load(NamedTuple):
         scale = config.get("scale")
         if scale is None or (item.kind == "bias" and not grad):
             return _Load(item, wanted, None)
-        scales = torch.as_tensor(scale, dtype=torch.float64).flatten().tolist()
+        scales = _numbers(scale, item.label)
         if item.quantizer is not None and item.quantizer.grid.affine and not grad:
             if len(scales) != 2 or not scales[0] <= 0.0 <= scales[1]:
                 msg = f"`{item.label}`: a scale is two ends around zero. Found: {scale!r}."
@@ -223,6 +223,10 @@ class _Load(NamedTuple):
             return _Load(item, wanted, scales)
         if not all(0 < one < float("inf") for one in scales):
             msg = f"`{item.label}`: a scale is a positive number. Found: {scale!r}."
+            raise ConfigError(msg)
+        here = 1 if grad else item.scales
+        if here is not None and len(scales) != here:
+            msg = f"`{item.label}` has {here} scales here and {len(scales)} in the fix configs."
             raise ConfigError(msg)
         grid = node.grid if grad and node is not None else item.grid
         steps = [step_of_half_range(one, grid) for one in scales]
@@ -252,6 +256,33 @@ class _Load(NamedTuple):
             if "weights" in item.site.frozen:
                 item.site.hold(item.weight_name, step)
             item.site.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
+
+
+def _flat(
+    configs: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return configurations by module and item, after checking their form."""
+    inner = configs.values() if isinstance(configs, Mapping) else [None]
+    whole = all(
+        isinstance(items, Mapping) and all(isinstance(one, Mapping) for one in items.values())
+        for items in inner
+    )
+    if not whole:
+        msg = (
+            "fix configs are {module: {item: {field: value}}}, as `get_fix_configs` returns them. "
+            f"Found: {configs!r:.200}"
+        )
+        raise ConfigError(msg)
+    return {(m, name): config for m, items in configs.items() for name, config in items.items()}
+
+
+def _numbers(scale: Any, label: str) -> list[float]:
+    try:
+        found: list[float] = torch.as_tensor(scale, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"`{label}`: a scale is a number, or a list of numbers. Found: {scale!r}."
+        raise ConfigError(msg) from error
+    return found
 
 
 def _resolve_weights(

@@ -131,6 +131,14 @@ class Item:
             return numbered(self.config.weight_range)
         return numbered(self.quantizer.estimator.kind)
 
+    @property
+    def scales(self) -> int | None:
+        """How many scales it has without a zero point; None for a weight that was never rounded."""
+        if self.quantizer is not None:
+            return 1
+        step = self.site.weight_step_in_use(self.weight_name)
+        return None if step is None else step.numel()
+
     def scale(self) -> Tensor | None:
         """Return NICS-fix's scale: its half-range, 0-dim or one per channel, or both ends.
 

@@ -134,7 +134,7 @@ def read_method(method: int, where: str) -> QuantizeMethod:
     Raises:
         ConfigError: If there is none.
     """
-    if isinstance(method, bool) or method not in list(QuantizeMethod):
+    if isinstance(method, bool | str) or method not in list(QuantizeMethod):
         known = ", ".join(f"{m.name} ({int(m)})" for m in QuantizeMethod)
         msg = f"{where}: a method is one of {known}. Found: {method!r}."
         raise ConfigError(msg)
@@ -241,6 +241,9 @@ class _Choice:
 
 
 def _read_methods(methods: Methods, where: str) -> dict[str, QuantizeMethod]:
+    if not isinstance(methods, Mapping):
+        msg = f"{where!r} needs a method for each item, e.g. {{'weight': 2}}. Found: {methods!r}."
+        raise ConfigError(msg)
     for item in methods:
         if item not in KINDS:
             msg = f"{where!r} has no item {item!r}. Items: {', '.join(KINDS)}."

@@ -131,6 +131,7 @@ class EmbeddingOp(Op):
             rounded = learned_on_grid(full(rows), step, limits, rounding, learned, learned.value)
         else:
             rounded = on_grid(full(rows), step, limits, rounding, clips)
+        rounded = site.with_rounded_gradient("weight", rounded)
         return with_tag(rounded.to(rows.dtype), self._tag(site, step, call))
 
     def run_integer(self, site: Site, call: EmbeddingCall) -> Any:

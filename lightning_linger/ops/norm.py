@@ -274,6 +274,8 @@ class BatchNormOp(Op):
             gamma = full(call.weight) if call.weight is not None else y.new_ones(y.shape[1])
             beta = full(call.bias) if call.bias is not None else torch.zeros_like(gamma)
             bias = self._limited_bias(site, call, folded, gamma, beta)
+            if folded.quantized:
+                bias = site.with_rounded_gradient("bias", bias)
             if folded.conv_bias is not None:
                 # Batch statistics cancel it; DDP still expects a gradient, which is zero.
                 bias = bias + 0.0 * full(folded.conv_bias)
@@ -328,7 +330,7 @@ class BatchNormOp(Op):
     def _quantized_affine(
         self, site: Site, call: BatchNormCall, x: Tensor, step_x: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        alpha, beta = self._affine(site, call._replace(input=x))
+        alpha, beta = self._affine(site, _with_rounded_gradients(site, call._replace(input=x)))
         limits = site.active_limits
         if limits is not None:
             alpha = limited(alpha, limits.weight, limits.gradient)
@@ -382,6 +384,15 @@ class BatchNormOp(Op):
 def _scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     shape = (1, -1, *([1] * (x.dim() - 2)))
     return x * alpha.view(shape) + beta.view(shape)
+
+
+def _with_rounded_gradients(site: Site, call: BatchNormCall) -> BatchNormCall:
+    """Round the gradients of weight and bias themselves: only the layer's own scale is clipped."""
+    weight, bias = (
+        None if x is None else site.with_rounded_gradient(name, x)
+        for name, x in (("weight", call.weight), ("bias", call.bias))
+    )
+    return call._replace(weight=weight, bias=bias)
 
 
 register(BatchNormOp("batch_norm"))

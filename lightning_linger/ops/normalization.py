@@ -370,10 +370,12 @@ class NormOp(KernelOp):
             else:
                 weight = on_grid(weight, step, limits_w, grid.rounding, clips=learned is not None)
             site.note("weight", call.weight, weight, step)
+            weight = site.with_rounded_gradient("weight", weight)
         if bias is not None:
             limits_b = float32_code_limits(config.bias_bits)
             bias = on_grid(bias, step * 2.0**-FRACTION, limits_b, grid.rounding)
             site.note("bias", call.bias, bias, step * 2.0**-FRACTION)
+            bias = site.with_rounded_gradient("bias", bias)
         return Affine(weight, bias, step)
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class PReLUOp(KernelOp):
     def real(self, site: Site, call: PReLUCall) -> Tensor:
         """Run with the slopes on their grid, as far as the site is quantized."""
         weight, _ = _on_grid(site, call.weight)
+        weight = site.with_rounded_gradient("weight", weight)
         return F.prelu(call.input, weight.to(call.input.dtype))
 
     def can_run(self, site: Site, call: PReLUCall, target: Target) -> bool:

@@ -3,8 +3,10 @@
 from enum import IntEnum
 from typing import Any
 
-from lightning_linger.core.config import QuantConfig
+from lightning_linger.core.config import QuantConfig, require_bits
 from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.grid import MIN_BITS
+from lightning_linger.core.tags import WIDEST_OPERAND
 
 
 class RangeMethod(IntEnum):
@@ -39,10 +41,18 @@ def nics_fix_config(
         stochastic: Whether training rounds up or down by chance; nearest otherwise.
         float_scale: Whether scales are of any value.
         **fields: Of :class:`QuantConfig`.
+
+    Raises:
+        ConfigError: If a value is not allowed.
     """
-    if range_method not in list(RangeMethod):
+    require_bits("bitwidth", bitwidth, MIN_BITS, WIDEST_OPERAND)
+    if isinstance(range_method, bool) or range_method not in list(RangeMethod):
         msg = f"`range_method` must be one of {[*map(int, RangeMethod)]}. Found: {range_method!r}."
         raise ConfigError(msg)
+    for name, value in (("stochastic", stochastic), ("float_scale", float_scale)):
+        if not isinstance(value, bool):
+            msg = f"`{name}` must be True or False. Found: {value!r}."
+            raise ConfigError(msg)
     statistic = STATISTICS[RangeMethod(range_method)]
     engine = {"platform": "onnxruntime", "granularity": "tensor"} if float_scale else {}
     return QuantConfig().override(

@@ -53,7 +53,7 @@ def test_row68_an_empty_range_has_a_usable_step() -> None:
 @given(bits=BITS, low=VALUES, high=VALUES, kind=st.sampled_from(["free", "power_of_two"]))
 @example(bits=8, low=-1.0, high=1.0, kind="free")
 @example(bits=8, low=1e-42, high=-1e-40, kind="free")
-def test_tensors_and_numbers_give_the_same_parameters(
+def test_row14_tensors_and_numbers_give_the_same_parameters(
     bits: int, low: float, high: float, kind: str
 ) -> None:
     grid = Grid(bits, kind, "half_away", symmetry="affine")

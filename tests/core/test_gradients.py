@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,22 +122,20 @@ def test_row19_the_mask_of_clipped_weights_acts_on_the_rounded_gradient() -> Non
 
 def test_row19_the_layer_before_receives_a_rounded_gradient() -> None:
     seen: list[Tensor] = []
-    model, x = prepared(QuantConfig(gradient_bits=3), nn.Linear(5, 4), nn.Linear(4, 3))
+    # Nothing is clipped, and the weight's own gradient passes as it is.
+    config = QuantConfig(gradient_bits=3, range=64.0)
+    model, _ = prepared(config, nn.Linear(5, 4, bias=False), nn.Linear(4, 3))
     model.net[1].register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(grad_in[0]))
-    for _ in range(2):
-        model.zero_grad()
-        model(x).square().sum().backward()
-    site = site_of(model, "net.0/linear/0")
-    node = site.output.gradient
-    step = node.grid.step_value(float(node.estimator.absmax()))
-    bias = model.net[0].bias.grad / site.gradients["bias"].grid.step_value(
-        float(site.gradients["bias"].estimator.absmax())
-    )
-    assert torch.equal(bias, torch.round(bias))
-    # The hook sees what leaves the second layer, still in float; what enters the first is rounded.
-    assert not torch.equal(seen[-1] / step, torch.round(seen[-1] / step))
-    rounded = node.rounded(seen[-1])
-    assert torch.equal(rounded / step, torch.round(rounded / step))
+    first = site_of(model, "net.0/linear/0")
+    first.gradients["weight"].active = False
+    x = torch.eye(5)
+    model(x).square().sum().backward()
+    node = first.output.gradient
+    step = node.grid.step_value(float(seen[-1].abs().max()))
+    expected = (seen[-1] / step).add(0.5).floor() * step
+    assert not torch.equal(expected, seen[-1])
+    assert model.net[0].weight.grad is not None
+    assert torch.equal(model.net[0].weight.grad.t(), expected)
 
 
 def test_row18_weights_biases_and_activations_have_their_own_range() -> None:
@@ -155,6 +154,82 @@ def test_row18_weights_biases_and_activations_have_their_own_range() -> None:
             codes = getattr(layer, role).grad / step
             assert torch.equal(codes, torch.round(codes))
             assert codes.abs().max() <= 8
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(6, 4), (5, 6)),
+    "conv": (nn.Conv2d(6, 4, 3), (2, 6, 5, 5)),
+    "transposed": (nn.ConvTranspose1d(6, 4, 3), (2, 6, 5)),
+    "batch-norm": (nn.BatchNorm1d(6), (5, 6)),
+    "layer-norm": (nn.LayerNorm(6), (5, 6)),
+    "group-norm": (nn.GroupNorm(2, 6), (5, 6, 4)),
+    "instance-norm": (nn.InstanceNorm1d(6, affine=True), (5, 6, 4)),
+    "rms-norm": (nn.RMSNorm(6), (5, 6)),
+    "prelu": (nn.PReLU(6), (5, 6)),
+    "embedding": (nn.Embedding(9, 6), ()),
+    "lstm": (nn.LSTM(6, 4, num_layers=2, bidirectional=True, batch_first=True), (2, 5, 6)),
+    "gru": (nn.GRU(6, 4, batch_first=True), (2, 5, 6)),
+    "lstm-cell": (nn.LSTMCell(6, 4), (5, 6)),
+}
+
+
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_row18_every_layer_rounds_the_gradients_of_its_weights_and_its_result(
+    name: str, platform: str
+) -> None:
+    torch.manual_seed(2)
+    layer, shape = copy.deepcopy(LAYERS[name][0]), LAYERS[name][1]
+    x = torch.randn(shape) if shape else torch.arange(8).view(2, 4)
+    linger.prepare(layer, (x,))
+    linger.quantize(layer, QuantConfig(platform=platform, gradient_bits=3))
+    for _ in range(2):
+        layer.zero_grad()
+        y = layer(x)
+        (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+    nodes = [module for module in layer.modules() if isinstance(module, GradientQuantizer)]
+    assert nodes
+    has_bias = any("bias" in role for role, _ in layer.named_parameters())
+    for node in nodes:
+        # The input has no gradient.
+        absent = "input" in node.name or (node.name.endswith(":bias") and not has_bias)
+        assert node.estimator.known != absent, node.name
+    if name.startswith(("lstm", "gru")):
+        return  # weights of a kind share a range
+    for role, parameter in layer.named_parameters():
+        if role not in ("weight", "bias"):
+            continue
+        (node,) = (found for found in nodes if found.name.endswith(f":{role}"))
+        codes = parameter.grad / node.grid.step(node.estimator.absmax())
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-5)
+        assert codes.abs().max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["running", "batch"])
+def test_row18_a_folded_layer_rounds_the_gradient_of_its_bias(mode: Any) -> None:
+    torch.manual_seed(2)
+    model, x = Chain(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)), torch.randn(4, 3, 9)
+    linger.prepare(model, (x,))
+    linger.fuse_bn(model, mode=mode)
+    linger.quantize(model, QuantConfig(gradient_bits=3))
+    model(x).square().sum().backward()
+    node = site_of(model, "net.0/conv1d/0").gradients["bias"]
+    codes = model.net[1].bias.grad / node.grid.step(node.estimator.absmax())
+    assert torch.equal(codes, codes.round())
+    assert 1 < codes.abs().max() <= 4
+
+
+@pytest.mark.parametrize("bits", [2, 5, 16])
+def test_row18_width_and_range_are_those_of_gradients(bits: int) -> None:
+    config = QuantConfig(gradient_bits=bits, gradient_range=0.25)
+    model, x = prepared(config, nn.Linear(5, 4), nn.Linear(4, 3))
+    model(x).square().sum().backward()
+    for parameter in model.net.parameters():
+        codes = parameter.grad / (0.25 * 2.0 ** (1 - bits))
+        assert torch.equal(codes, codes.round())
+        assert codes.abs().max() == 2 ** (bits - 1), "the largest saturate"
+    site = site_of(model, "net.0/linear/0")
+    assert site.weight_grid.bits == site.output.grid.bits == 8
 
 
 @pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])

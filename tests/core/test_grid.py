@@ -36,7 +36,7 @@ def test_a_power_of_two_range_keeps_every_bit(bits: int, exponent: int) -> None:
 
 
 @given(bits=BITS, absmax=ABSMAX)
-def test_free_step_puts_the_top_code_on_the_range(bits: int, absmax: float) -> None:
+def test_row13_a_free_step_puts_the_top_code_on_the_range(bits: int, absmax: float) -> None:
     step = Grid(bits, "free").step(torch.tensor(absmax))
     assert step.item() == pytest.approx(absmax / (2 ** (bits - 1) - 1), rel=1e-6)
 
@@ -53,7 +53,7 @@ def test_a_wider_range_never_has_a_finer_step(
 
 
 @pytest.mark.parametrize("kind", ["power_of_two", "free"])
-def test_a_zero_range_has_a_usable_step(kind: str) -> None:
+def test_row07_a_zero_range_has_a_usable_step(kind: str) -> None:
     step = Grid(8, kind).step(torch.zeros(3))
     assert torch.isfinite(step).all()
     assert (step > 0).all()

@@ -84,6 +84,22 @@ def test_row05_the_sweep_takes_the_first_of_three_candidates_with_the_least_erro
     assert half_range("last_l1", [-0.75], Grid(2, rounding="half_even")) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("small", "count", "half"),
+    [
+        # Absolute errors with 2, 1 and 1/2: 4.63, 3.74, 0.72. Squared ones: 0.23, 0.23, 0.33.
+        (0.06, 60, 0.5),
+        # An eighth would be better still.
+        (0.04, 2000, 0.5),
+        (0.1, 100, 1.0),
+        (0.1, 1, 2.0),
+    ],
+)
+def test_row05_three_candidates_and_absolute_errors(small: float, count: int, half: float) -> None:
+    values = [small] * count + [1.01]
+    assert half_range("last_l1", values, Grid(4, rounding="half_even")) == half
+
+
 @pytest.mark.parametrize("exponent", range(-30, 31))
 def test_row06_a_power_of_two_is_its_own_range(exponent: int) -> None:
     values = [2.0**exponent]
@@ -118,7 +134,7 @@ def test_row35_the_mean_of_batches_is_the_mean() -> None:
 # --- what each statistic means ----------------------------------------------------------------
 
 
-def test_three_sigma_by_numpy() -> None:
+def test_row03_three_sigma_by_numpy() -> None:
     values = torch.randn(500) + 0.3
     array = values.numpy().astype(np.float64)
     expected = 3 * array.std(ddof=1) + abs(array.mean())

@@ -170,6 +170,9 @@ def test_row22_what_does_not_fit_is_reported_and_changes_nothing() -> None:
         ({"scale": -1.0}, "a scale is a positive number"),
         ({"scale": 0.3}, "has no step"),
         ({"bits": 8}, "no field 'bits'"),
+        ({"method": "auto"}, "one of FIX_NONE.*Found: 'auto'"),
+        ({"scale": "wide"}, "a scale is a number, or a list of numbers. Found: 'wide'"),
+        ({"scale": [1.0, 2.0]}, "`net.0: weight` has 1 scales here and 2 in the fix configs"),
     ],
 )
 def test_row22_wrong_values_are_refused(change: dict[str, Any], message: str) -> None:
@@ -178,6 +181,32 @@ def test_row22_wrong_values_are_refused(change: dict[str, Any], message: str) ->
     with pytest.raises(ConfigError, match=message):
         load_fix_configs(model, {"net.0": {"weight": change}}, strict=False)
     assert get_fix_configs(model, data_only=True) == before
+
+
+@pytest.mark.parametrize("configs", [None, [], {"net.0": 2}, {"net.0": {"weight": 2}}])
+def test_row22_what_is_no_configuration_is_refused(configs: Any) -> None:
+    model, _ = network()
+    with pytest.raises(ConfigError, match=r"fix configs are \{module: \{item: \{field: value"):
+        load_fix_configs(model, configs)
+
+
+@pytest.mark.parametrize(("item", "grad"), [("activation", False), ("weight", True)])
+def test_row22_one_value_has_one_scale(item: str, grad: bool) -> None:
+    model, _ = network(gradient_bits=8)
+    before = get_fix_configs(model, grad, data_only=True)
+    with pytest.raises(ConfigError, match=f"`net.0: {item}` has 1 scales here and 3"):
+        load_fix_configs(model, {"net.0": {item: {"scale": [1.0] * 3}}}, grad, strict=False)
+    assert get_fix_configs(model, grad, data_only=True) == before
+
+
+def test_row22_as_many_scales_as_channels_also_before_the_first_forward() -> None:
+    model, x = Chain(nn.Linear(4, 3)), torch.randn(2, 4)
+    linger.prepare(model, (x,))
+    linger.quantize(model, linger.preset("nics_fix", granularity="channel"))
+    weight = {"method": FIX_FIXED, "scale": [1.0, 2.0]}
+    load_fix_configs(model, {"net.0": {"weight": weight}}, strict=False)
+    with pytest.raises(ConfigError, match=r"`net.0/linear/0`: its weight has 3 scales.* 2 fixed"):
+        model(x)
 
 
 def test_row22_gradients() -> None:

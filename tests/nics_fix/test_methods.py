@@ -100,6 +100,7 @@ def test_row17_one_config_object_for_all_modules_shares_no_state() -> None:
     model(x)
     found = scales(model)
     assert found[("net.1", "weight")] == 32 * found[("net.0", "weight")]
+    assert found[("net.1", "activation")] > 4 * found[("net.0", "activation")]
     set_fix_method(model, by_name={"net.1": {"weight": FIX_FIXED}})
     assert methods(model)[("net.0", "weight")] == FIX_AUTO
 
@@ -266,6 +267,21 @@ def test_row20_masters_stay_float_and_both_views_can_be_read() -> None:
         assert model.get_parameter(name).dtype == torch.float32
 
 
+def test_row20_an_optimizer_moves_the_masters_by_rounded_gradients() -> None:
+    model, x = network(bitwidth=3, gradient_bits=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    scale = scales(model, grad=True)[("net.4", "weight")]
+    weight = model.net[4].weight
+    assert weight.grad is not None
+    assert torch.equal(weight.grad / (scale / 8), (weight.grad / (scale / 8)).round())
+    assert weight.grad.abs().max() > 0
+    assert all(torch.equal(p, before[name] - p.grad) for name, p in model.named_parameters())
+
+
 def test_row23_precedence_of_name_type_and_all() -> None:
     model, _ = network()
     set_fix_method(
@@ -291,6 +307,8 @@ def test_row23_precedence_of_name_type_and_all() -> None:
     ("arguments", "message"),
     [
         ({"method": 3}, r"one of FIX_NONE \(0\), FIX_AUTO \(1\), FIX_FIXED \(2\). Found: 3"),
+        ({"method": "auto"}, "one of FIX_NONE.*Found: 'auto'"),
+        ({"by_name": {"net.0": 2}}, "'net.0' needs a method for each item.*Found: 2"),
         ({"by_name": {"net.0": {"weigth": 1}}}, "'net.0' has no item 'weigth'. Items: weight"),
         ({"by_name": {"net.2": {"running_mean": 1}}}, "no item 'running_mean'"),
         ({"by_type": {"ReLU": {"weight": 1}}}, "'ReLU' has no item 'weight' that is quantized"),

@@ -134,7 +134,11 @@ def test_nics_fix_fields() -> None:
         ("linger", {"mode": "QMax"}, "`mode` must be one of.*QValue.*Found: 'QMax'"),
         ("linger", {"weight_bit": 4}, "no field 'weight_bit'. Similar: 'weight_bits'"),
         ("nics_fix", {"range_method": 4}, "`range_method` must be one of.*Found: 4"),
-        ("nics_fix", {"bitwidth": 1}, "`weight_bits`.*Found: 1"),
+        ("nics_fix", {"range_method": True}, "`range_method` must be one of.*Found: True"),
+        ("nics_fix", {"bitwidth": 1}, "`bitwidth` must be an integer from 2 to 16. Found: 1"),
+        ("nics_fix", {"bitwidth": 17}, "`bitwidth` must be an integer from 2 to 16. Found: 17"),
+        ("nics_fix", {"float_scale": "no"}, "`float_scale` must be True or False. Found: 'no'"),
+        ("nics_fix", {"stochastic": 1}, "`stochastic` must be True or False. Found: 1"),
     ],
 )
 def test_wrong_presets(name: str, fields: dict[str, Any], message: str) -> None:

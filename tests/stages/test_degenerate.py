@@ -88,9 +88,10 @@ def test_degenerate_tensors_train_and_run_in_integers(
     activations=st.integers(2, 16),
     outputs=st.integers(2, 16),
     biases=st.integers(8, 32),
+    gradients=st.integers(2, 16),
 )
 def test_row08_any_width_for_each_item(
-    weights: int, activations: int, outputs: int, biases: int
+    weights: int, activations: int, outputs: int, biases: int, gradients: int
 ) -> None:
     torch.manual_seed(0)
     model = Chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -101,9 +102,14 @@ def test_row08_any_width_for_each_item(
         "activation_bits": activations,
         "output_bits": outputs,
         "bias_bits": biases,
+        "gradient_bits": gradients,
     }
     linger.quantize(model, linger.preset("nics_fix"), overrides={"net.0": fields})
-    model(x)
+    model(x).sum().backward()
+    for name, node in site_of(model, "net.0/linear/0").gradients.items():
+        codes = model.net[0].get_parameter(name).grad / node.grid.step(node.estimator.absmax())
+        assert torch.equal(codes, codes.round())
+        assert 2 ** (gradients - 1) >= codes.abs().max() > 2 ** (gradients - 2) - 1
     seen: list[Tensor] = []
     model.net[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     model.eval()

@@ -139,9 +139,10 @@ class RealFlow(Flow):
         return tuple(states)
 
     def joined(self, grid: Grid, outputs: Sequence[Tensor]) -> Tensor:
-        """Concatenate real values."""
+        """Concatenate real values, behind which their gradient is rounded."""
         y = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), -1)
-        return with_tag(y.to(self.dtype), grid.quantizer.tag(grid.step, self.dtype))
+        y = grid.quantizer.with_rounded_gradient(y.to(self.dtype))
+        return with_tag(y, grid.quantizer.tag(grid.step, self.dtype))
 
     def between(self, x: Tensor) -> Tensor:
         """Drop out in training; what is left keeps its tag, as behind a dropout layer."""
@@ -155,6 +156,7 @@ class RealFlow(Flow):
         grid, h = states[-1]
         tag = grid.quantizer.tag(grid.step, self.dtype)
         if self.is_cell:
+            # What a cell returns is joined, too.
             return with_tag(h.to(self.dtype), tag)
         real = torch.stack([h for _, h in states])
         step, bits = self.common_grid([g for g, _ in states])
@@ -164,7 +166,8 @@ class RealFlow(Flow):
             low, high = (code * step for code in code_limits(bits))
             real = straight_through(codes.to(real.dtype) * step, real.clamp(low, high))
             tag = dataclasses.replace(tag, reach=None)
-        return with_tag(real.to(self.dtype), dataclasses.replace(tag, step=step, bits=bits))
+        real = grid.quantizer.with_rounded_gradient(real.to(self.dtype))
+        return with_tag(real, dataclasses.replace(tag, step=step, bits=bits))
 
     def _common_codes(
         self, states: Sequence[tuple[Grid, Tensor]], step: float, bits: int
