@@ -89,6 +89,7 @@ def fake_quantize(
     high: Bound,
     rounding: str | Rounder = "half_up",
     overwrite: bool = False,
+    keeps_input: bool = False,
 ) -> Tensor:
     """Return ``step * clamp(round(x / step), low, high)``.
 
@@ -105,13 +106,15 @@ def fake_quantize(
         high: Largest code, e.g. 127. A bound that depends on a tensor step (ReLU6) is a tensor too.
         rounding: A name from :mod:`lightning_linger.core.rounding`, or a function.
         overwrite: Whether the memory of ``x`` may be used, because nothing else reads it.
+        keeps_input: Whether ``x`` is kept whatever the width, e.g. because it is a parameter: the
+            end codes then have a gradient.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         wide = isinstance(low, Tensor) or isinstance(high, Tensor)
-        from_output = wide or high - low >= OUTPUT_MASK_CODES - 1
+        from_output = not keeps_input and (wide or high - low >= OUTPUT_MASK_CODES - 1)
         out: Tensor = _FakeQuantize.apply(
             x, step, low, high, rounding, from_output, overwrite and from_output
         )

@@ -475,8 +475,13 @@ class Site(nn.Module):
 
     @property
     def clips_weights(self) -> bool:
-        """Whether weights may lie beyond their range."""
-        return self.weight_rule is not None and self.weight_rule.clips
+        """Whether weights may lie beyond their range, which leaves values out or stands still."""
+        return self.holds_weights or (self.weight_rule is not None and self.weight_rule.clips)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the ranges of weights stay what they are."""
+        return "weights" in self.frozen
 
     def weight_reach(self, rows: Tensor) -> Tensor:
         """Return the half-range of a weight by the site's estimator.

@@ -345,7 +345,8 @@ class BatchNormOp(Op):
         step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
         step_a = torch.as_tensor(site.held("weight", step_a))
         if "weights" not in site.floating:
-            alpha = on_grid(alpha, step_a, (grid.qmin, grid.qmax), grid.rounding)
+            limits_a = (grid.qmin, grid.qmax)
+            alpha = on_grid(alpha, step_a, limits_a, grid.rounding, site.holds_weights)
         if "biases" not in site.floating:
             limits_b = float32_code_limits(site.config.bias_bits)
             beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)

@@ -368,7 +368,8 @@ class NormOp(KernelOp):
                     weight, step, limits_w, grid.rounding, learned, learned.value
                 )
             else:
-                weight = on_grid(weight, step, limits_w, grid.rounding, clips=learned is not None)
+                clips = learned is not None or site.holds_weights
+                weight = on_grid(weight, step, limits_w, grid.rounding, clips)
             site.note("weight", call.weight, weight, step)
             weight = site.with_rounded_gradient("weight", weight)
         if bias is not None:

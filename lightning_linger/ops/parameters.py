@@ -116,7 +116,7 @@ def on_grid(
     """
     usable = readable(step)
     if clips:
-        return fake_quantize(x, usable, *limits, rounding)
+        return fake_quantize(x, usable, *limits, rounding, keeps_input=True)
     return straight_through(fake_quantize(x.detach(), usable, *limits, rounding), x)
 
 

@@ -125,7 +125,7 @@ def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
     absmax = weight.detach().abs().amax().float()
     step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
     step = site.held("weight", step)
-    return on_grid(weight, step, limits, grid.rounding), step
+    return on_grid(weight, step, limits, grid.rounding, site.holds_weights), step
 
 
 def _prepare(site: Site, weight: Tensor) -> _Slopes:

@@ -112,6 +112,44 @@ def test_row11_a_fixed_scale_masks_what_is_outside() -> None:
     assert leaf.grad.tolist() == [5.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["linear", "batch_norm", "layer_norm", "prelu", "embedding"])
+def test_row11_a_fixed_weight_has_a_gradient_inside_and_at_the_ends(kind: str, bits: int) -> None:
+    make: dict[str, Any] = {
+        "linear": lambda: nn.Linear(4, 1, bias=False),
+        "batch_norm": lambda: nn.BatchNorm1d(4),
+        "layer_norm": lambda: nn.LayerNorm(4),
+        "prelu": lambda: nn.PReLU(4),
+        "embedding": lambda: nn.Embedding(1, 4),
+    }
+    x = torch.tensor([[-0.5, -0.25, -1.0, -0.75], [-1.0, -0.5, -0.25, -0.25]])
+    x = {
+        "embedding": torch.tensor([[0]]),
+        "batch_norm": x.sign() * x.new_tensor([[1.0], [-1.0]]),
+    }.get(kind, x)
+    layer = make[kind]()
+    linger.prepare(layer, (x,))
+    linger.quantize(layer, linger.preset("nics_fix", bitwidth=bits, output_bits=None, range=4.0))
+    weight = layer.weight
+
+    def trained(values: list[float]) -> list[bool]:
+        with torch.no_grad():
+            weight.copy_(torch.tensor(values).view_as(weight))
+        layer.zero_grad()
+        y = layer(x)
+        y.backward(torch.arange(1.0, y.numel() + 1).view_as(y))
+        assert weight.grad is not None
+        return (weight.grad.flatten() != 0).tolist()
+
+    assert trained([0.25, 0.5, -1.0, 0.125]) == [True] * 4
+    set_fix_method(layer, FIX_FIXED)
+    top = 1.0 - 2.0 ** (1 - bits)
+    assert trained([0.25, 3.0, -1.0, -3.0]) == [True, False, True, False]
+    assert trained([0.25, top, -1.0, 0.5]) == [True] * 4
+    set_fix_method(layer, FIX_AUTO)
+    assert trained([0.25, 3.0, -1.0, -3.0]) == [True] * 4
+
+
 # --- kinds of scales ------------------------------------------------------------------------------
 
 
