@@ -301,6 +301,13 @@ def test_row23_precedence_of_name_type_and_all() -> None:
     assert found[("net.2.inner.0", "weight")] == FIX_NONE
     assert found[("net.2.inner.0", "activation")] == FIX_NONE
     assert found[("net.2", "activation")] == FIX_FIXED
+    # An item that neither its name nor its type says anything of has the method of all.
+    set_fix_method(model, FIX_AUTO, {nn.Conv2d: {"weight": FIX_FIXED}}, {"net.4": {"weight": 2}})
+    found = methods(model)
+    fixed = {("net.0", "weight"), ("net.2.inner.0", "weight"), ("net.4", "weight")}
+    follow = {(module, "bias") for module, _ in fixed}
+    for key, method in found.items():
+        assert key in follow or method == (FIX_FIXED if key in fixed else FIX_AUTO), key
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,20 @@ def test_row04_a_range_method_acts_on_activations_and_weights(method: int, expec
     assert found.weight_grid.step_value(reach) * 128 == expected
 
 
+@pytest.mark.parametrize("method", RangeMethod)
+def test_row18_a_range_method_acts_on_gradients(method: RangeMethod) -> None:
+    """With a closed grid the vectors of NICS-fix are reproduced to the last code."""
+    values = torch.cat([torch.full((90,), 0.2), torch.linspace(0.6, 4.0, 10)])
+    config = linger.preset("nics_fix", range_method=int(method), gradient_bits=8, range=1.0)
+    assert config.gradient_range == f"last_{STATISTICS[method]}"
+    model = Chain(nn.Linear(1, 100, bias=False))
+    linger.prepare(model, (torch.ones(1, 1),))
+    linger.quantize(model, config, overrides={"net.0": {"output_bits": None}})
+    model(torch.full((1, 1), 0.5)).backward(values[None] * 2)
+    top = 1.0 if method == RangeMethod.RANGE_MAX_TENPERCENT else 4.0
+    assert model.net[0].weight.grad.max() == top
+
+
 def test_nics_fix_fields() -> None:
     config = linger.preset("nics_fix", bitwidth=4, stochastic=True, gradient_bits=16)
     assert config == QuantConfig(
