@@ -50,7 +50,7 @@ class Site(nn.Module):
         platform: The target whose arithmetic applies.
         inputs: Quantizers of operands that arrive as plain floats, by position.
         parts: Quantizers inside the op, by name.
-        gradients: Gradient quantizers of the parameters, ``weight`` and ``bias``.
+        gradients: Gradient quantizers of the weights, by name, and of all biases.
         output: Quantizer of the result, if the result has a range of its own.
         weight_grid: Grid of the weight, for layers.
         weight_rule: Range estimator of the weight.
@@ -352,7 +352,7 @@ class Site(nn.Module):
         """Return a parameter with its gradient rounded, if it is to be.
 
         Args:
-            name: ``weight`` or ``bias``.
+            name: ``bias``, or what tells the weights of the site apart.
             parameter: On its grid.
         """
         if name not in self.gradients:

@@ -90,10 +90,10 @@ def load_fix_configs(
             is changed then.
     """
     items = {(item.module, item.name): item for item in items_of(model)}
-    if grad:
-        items = {key: item for key, item in items.items() if item.gradient is not None}
     given = _flat(configs)
     _resolve_weights(items, given)
+    if grad:
+        items = {key: item for key, item in items.items() if item.gradient is not None}
     report = LoadReport(
         [item.label for key, item in items.items() if key not in given],
         [f"{module}: {name}" for module, name in given if (module, name) not in items],

@@ -92,7 +92,7 @@ class Item:
         if self.quantizer is not None:
             return self.quantizer.gradient
         nodes: dict[str, Any] = dict(self.site.gradients.items())
-        return nodes.get(self.kind)
+        return nodes.get(self.weight_name if self.kind == "weight" else self.kind)
 
     @property
     def bitwidth(self) -> int:

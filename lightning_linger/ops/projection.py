@@ -146,7 +146,7 @@ class Projection:
             bias = on_grid(bias, step_w * step_x, limits_b, grid.rounding)
             bias = site.with_rounded_gradient("bias", bias)
             site.note(f"{self.name} bias", self.bias, bias, step_w * step_x)
-        return Parameters(site.with_rounded_gradient("weight", weight), bias, step_w)
+        return Parameters(site.with_rounded_gradient(self.name, weight), bias, step_w)
 
     def codes(self, site: Site, step_x: float, bits_x: int) -> Codes:
         """Return the parameters in effect as integers, in evaluation from the cache.

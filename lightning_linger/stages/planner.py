@@ -169,7 +169,7 @@ class Planner:
             site.weight_grid = _weight_grid(config, platform)
             site.weight_rule = RangeRule.parse_weight(config.weight_range)
             self._add_learned_weights(site, call)
-            self._add_parameter_gradients(site)
+            self._add_parameter_gradients(site, call)
         self._add_parts(site, call, config, platform)
         self._add_input_quantizers(site, call, config, platform, on_grid)
         if site.op.scale_source(platform) == "inputs":
@@ -273,8 +273,8 @@ class Planner:
         quantizer = GradientQuantizer(name, bits, scale, rounding, range_, site.switches)
         return quantizer.train(self.model.training).to(self.device)
 
-    def _add_parameter_gradients(self, site: Site) -> None:
-        for name in ("weight", "bias"):
+    def _add_parameter_gradients(self, site: Site, call: Any) -> None:
+        for name in (*(site.op.learned_weights(call) or ["weight"]), "bias"):
             quantizer = self._gradient(site, f"{site.key}:{name}")
             if quantizer is not None:
                 site.gradients[name] = quantizer

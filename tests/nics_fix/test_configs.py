@@ -224,6 +224,48 @@ def test_row22_gradients() -> None:
     assert get_fix_configs(model, grad=True)["net.0"]["weight"]["scale"] == 2.0**-20
 
 
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_row22_gradients_of_several_weights_have_a_scale_each(kind: str) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layer: Any = nn.LSTM(4, 4) if kind == "lstm" else nn.MultiheadAttention(4, 2)
+        example = (x,) if kind == "lstm" else (x, x, x)
+        linger.prepare(layer, example)
+        return linger.quantize(layer, linger.preset("nics_fix", gradient_bits=6))
+
+    def gradients(model: nn.Module, factor: float) -> None:
+        y = (model(x) if kind == "lstm" else model(x, x, x))[0]
+        y.square().sum().mul(factor).backward()
+
+    x = torch.randn(5, 2, 4)
+    model = build()
+    gradients(model, 1.0)
+    (items,) = get_fix_configs(model, grad=True, data_only=True).values()
+    found = {name: one["scale"] for name, one in items.items() if name.endswith("weight")}
+    assert len(found) == (2 if kind == "lstm" else 4)
+    assert len(set(found.values())) > 1
+    set_fix_method(model, FIX_FIXED, grad=True)
+    configs = get_fix_configs(model, grad=True, data_only=True)
+    other = build()
+    load_fix_configs(other, configs, grad=True)
+    for one in (model, other):
+        gradients(one, 50.0)
+    for one in (model, other):
+        (items,) = get_fix_configs(one, grad=True, data_only=True).values()
+        assert {n: items[n]["scale"] for n in found} == found
+
+
+def test_row26_statistics_have_no_gradient() -> None:
+    model, x = Chain(nn.BatchNorm1d(4)), torch.randn(6, 4)
+    linger.prepare(model, (x,))
+    linger.quantize(model, linger.preset("nics_fix", gradient_bits=6, statistics_bits=6))
+    model(x).sum().backward()
+    model.eval()(x)
+    assert "running_mean" in get_fix_configs(model)["net.0"]
+    gradients = get_fix_configs(model, grad=True)["net.0"]
+    assert [name for name in gradients if name.startswith("running")] == []
+
+
 def test_row24_a_table_of_scales_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     model, x = network(gradient_bits=16)
     model(x).square().sum().backward()
