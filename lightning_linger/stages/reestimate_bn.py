@@ -30,7 +30,8 @@ def reestimate_bn(
 
     The model runs in the stage it is in, quantized or not: each batch norm normalizes with the
     statistics of the batch, all else as in evaluation. Folded weights keep the old statistics until
-    the last batch has been seen. Ranges, weights and momenta stay as they are.
+    the last batch has been seen. Ranges, weights and momenta stay as they are. Where a module calls
+    a batch norm several times, each of its calls counts.
 
     Training leaves a moving average over weights whose codes went on jumping between neighbours:
     Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022.
@@ -49,7 +50,8 @@ def reestimate_bn(
         The model.
 
     Raises:
-        ConfigError: If the loader is empty, or no batch norm is meant.
+        ConfigError: If the loader is empty, no batch norm is meant, or a batch is too small to have
+            statistics.
     """
     return reestimate_bn_by(model, forwards_of(model, loader), modules, keep_codes)
 
@@ -82,17 +84,30 @@ def _estimate(
     instrumentation = instrumentation_of(model)
     averages = [_Average(norm) for norm in norms]
     with evaluating(model), _normalizing_by_batch(instrumentation, norms):
+        hooks = [average.norm.register_forward_hook(average.take) for average in averages]
         try:
             for forward in with_progress(forwards, "Estimating statistics"):
-                forward()
-                for average in averages:
-                    average.take()
+                _run(forward)
         finally:
-            for average in averages:
+            for average, hook in zip(averages, hooks, strict=True):
+                hook.remove()
                 average.put_back()
     for average in averages:
         average.put(variance=not any(average.norm is norm for norm in keeping_variance))
     instrumentation.thaw()
+
+
+def _run(forward: Forward) -> None:
+    try:
+        forward()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        msg = (
+            "a batch holds one value per channel of a batch norm, of which there are no "
+            "statistics. Pass batches of several samples."
+        )
+        raise ConfigError(msg) from error
 
 
 def _rounds_variance(site: Site) -> bool:
@@ -105,7 +120,7 @@ def _rounds_variance(site: Site) -> bool:
 
 
 class _Average:
-    """The mean of the statistics that a batch norm of momentum one has after each batch."""
+    """The mean of the statistics that a batch norm of momentum one has after each of its calls."""
 
     def __init__(self, norm: Any) -> None:
         self.norm = norm
@@ -119,10 +134,8 @@ class _Average:
         return [self.norm.running_mean, self.norm.running_var]
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Count in what the latest forward has left, and put the statistics back."""
-        if self._untouched():
-            return
+    def take(self, *_: Any) -> None:
+        """Count in what a call has left, and put the statistics back; a forward hook."""
         for total, present in zip(self.totals, self._present, strict=True):
             total += present
         self.count += 1
@@ -135,9 +148,6 @@ class _Average:
             present.copy_(kept)
         if self.tracked is not None:
             self.norm.num_batches_tracked.fill_(self.tracked)
-
-    def _untouched(self) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(self._present, self.kept, strict=True))
 
     @torch.no_grad()
     def put(self, variance: bool) -> None:

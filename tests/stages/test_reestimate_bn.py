@@ -156,6 +156,37 @@ def test_every_batch_counts_alike_under_the_same_weights() -> None:
         assert torch.allclose(value, (singles[0][key] + singles[1][key]) / 2), key
 
 
+def test_a_batch_whose_statistics_are_those_of_the_model_counts() -> None:
+    batches = [torch.randn(8, 2, 6, 6), torch.randn(8, 2, 6, 6) * 3]
+    model = linger.prepare(net(), (batches[0],))
+    twin = copy.deepcopy(model)
+    wanted = statistics(linger.reestimate_bn(model, batches))
+    linger.reestimate_bn(twin, batches[:1])
+    found = statistics(linger.reestimate_bn(twin, batches))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_every_call_of_a_batch_norm_counts(fold: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.conv(x)))
+            return self.norm(self.conv(x + 1))
+
+    batches = [torch.randn(8, 2, 6, 6).double() * 3 + 1 for _ in range(2)]
+    model = Twice().eval().double()
+    wanted = expected(copy.deepcopy(model), batches)
+    linger.prepare(model, (batches[0],))
+    if fold:
+        linger.fuse_bn(model)
+    found = statistics(linger.reestimate_bn(model, batches))
+    assert all(torch.allclose(found[key], wanted[key]) for key in wanted)
+
+
 def test_a_forward_that_fails_leaves_the_statistics() -> None:
     x = torch.randn(8, 2, 6, 6)
     model = linger.prepare(net(), (x,))
@@ -186,3 +217,6 @@ def test_what_is_refused() -> None:
         linger.reestimate_bn(linger.prepare(net(), (torch.randn(8, 2, 6, 6),)), [])
     with pytest.raises(linger.NotReadyError):
         linger.reestimate_bn(net(), [x])
+    flat = linger.prepare(Chain(nn.Linear(5, 5), nn.BatchNorm1d(5)), (x,)).eval()
+    with pytest.raises(linger.ConfigError, match="several samples"):
+        linger.reestimate_bn(flat, [x[:1]])
