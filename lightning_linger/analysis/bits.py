@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ def choose_bits(
     """
     rows = list(rows)
     parts = {row.part for row in rows}
+    check_budget(budget)
     if cost not in COSTS:
         msg = f"`cost` must be one of {COSTS}. Found: {cost!r}."
         raise ConfigError(msg)
@@ -83,6 +85,42 @@ def choose_bits(
         return {
             unit.name: _fields(instrumentation, unit, part, bits) for unit, bits in chosen.items()
         }
+
+
+def check_budget(budget: float) -> None:
+    """Raise a ConfigError if a budget is no number of bytes or bits."""
+    if not isinstance(budget, int | float) or not 0 < budget < math.inf:
+        msg = f"`budget` must be a positive number. Found: {budget!r}."
+        raise ConfigError(msg)
+
+
+def require_budget(
+    model: nn.Module,
+    units: Sequence[Unit],
+    bits: Sequence[int],
+    part: str,
+    budget: float,
+    cost: Cost = "weight_bytes",
+) -> None:
+    """Check, before anything is measured, that there are widths within a budget.
+
+    Args:
+        model: A planned model.
+        units: The layers that will be measured.
+        bits: At these widths.
+        part: What of them.
+        budget: What the whole model may take.
+        cost: What is counted; see :func:`choose_bits`.
+
+    Raises:
+        ConfigError: If no width is allowed, or the budget is too small.
+    """
+    undecided = dict.fromkeys(bits, 0.0)
+    with planned(model) as (instrumentation, target):
+        costs = _Costs(instrumentation, walked(instrumentation, target).layers, cost)
+        measured = {unit: dict(undecided) for unit in units}
+        _drop_refused(measured, part, costs, limits_of(target.name))
+        _indices(measured, part, costs, budget)
 
 
 def _by_unit(instrumentation: Instrumentation, rows: Sequence[SensitivityRow]) -> _Measured:
@@ -124,6 +162,28 @@ def _drop_refused(measured: _Measured, part: str, costs: _Costs, limits: Limits)
 
 def _least_loss(measured: _Measured, part: str, costs: _Costs, budget: float) -> dict[Unit, int]:
     """Choose a width per layer."""
+    chosen = {
+        unit: list(drops)[index]
+        for (unit, drops), index in zip(
+            measured.items(), _indices(measured, part, costs, budget), strict=True
+        )
+    }
+    spent = costs.of_others(measured) + sum(
+        costs.of(unit, part, bits) for unit, bits in chosen.items()
+    )
+    logger.info(
+        "chose widths of %d layers: %s of %s %s, sum of drops %.4g",
+        len(chosen),
+        costs.shown(spent),
+        f"{budget:,.0f}",
+        costs.name,
+        sum(measured[unit][bits] for unit, bits in chosen.items()),
+    )
+    return chosen
+
+
+def _indices(measured: _Measured, part: str, costs: _Costs, budget: float) -> list[int]:
+    """Return the position of the width that is chosen of each layer."""
     # Floats are fractions of powers of two: with one denominator they are whole numbers.
     scale = max(
         drop.as_integer_ratio()[1] for drops in measured.values() for drop in drops.values()
@@ -141,20 +201,7 @@ def _least_loss(measured: _Measured, part: str, costs: _Costs, budget: float) ->
             f"{costs.shown(least)}, with every measured layer at its narrowest."
         )
         raise ConfigError(msg)
-    chosen = {
-        unit: list(drops)[index]
-        for (unit, drops), index in zip(measured.items(), indices, strict=True)
-    }
-    spent = fixed + sum(options[i].cost for options, i in zip(classes, indices, strict=True))
-    logger.info(
-        "chose widths of %d layers: %s of %s %s, sum of drops %.4g",
-        len(chosen),
-        costs.shown(spent),
-        f"{budget:,.0f}",
-        costs.name,
-        sum(measured[unit][bits] for unit, bits in chosen.items()),
-    )
-    return chosen
+    return indices
 
 
 def _whole(drop: float, scale: int) -> int:

@@ -23,6 +23,12 @@ from lightning_linger.stages.trial import kept_plan
 DEFAULT_PLATFORM = "venusa"
 
 
+def default_config(platform: Platform) -> QuantConfig:
+    """Return how a model is quantized for a target of which nothing else is said."""
+    results = {"output_bits": None} if platform.layers_only else {}
+    return QuantConfig(platform=platform.name).override(results)
+
+
 @contextlib.contextmanager
 def planned(
     model: nn.Module,
@@ -65,8 +71,7 @@ def planned(
         with kept_plan(model):
             # As the callbacks do it: batch norms are folded, and every layer is quantized.
             plan_fuse_bn(model, FuseConfig())
-            results = {"output_bits": None} if target.layers_only else {}
-            plan_quantize(model, QuantConfig(platform=target.name).override(results))
+            plan_quantize(model, default_config(target))
             yield instrumentation, target
     finally:
         if prepared_here:

@@ -159,7 +159,7 @@ def measure_sensitivity(
         modules: Globs on dotted paths.
         config: How, if the model has no plan.
     """
-    widths = _checked(bits, mode, part)
+    widths = check_trials(bits, mode, part)
     instrumentation = instrumentation_of(model)
     with no_trace(model), kept_plan(model):
         model.eval()
@@ -237,7 +237,12 @@ def _divergence(y: Tensor, reference: Tensor) -> Tensor:
     return torch.stack([divergence, divergence.new_tensor(reference[:, 0].numel())])
 
 
-def _checked(bits: Sequence[int], mode: str, part: str) -> tuple[int, ...]:
+def check_trials(bits: Sequence[int], mode: str, part: str) -> tuple[int, ...]:
+    """Return the widths to measure, each once.
+
+    Raises:
+        ConfigError: If a width, the mode or the part is none.
+    """
     for name, value, allowed in (("mode", mode, MODES), ("part", part, PARTS)):
         if value not in allowed:
             msg = f"`{name}` must be one of {allowed}. Found: {value!r}."
@@ -272,6 +277,38 @@ def units_of(instrumentation: Instrumentation, part: str) -> list[Unit]:
         if is_measured(site, part):
             sites.setdefault(_unit_name(site, instrumentation), []).append(site.key)
     return [Unit(name, tuple(keys)) for name, keys in sites.items()]
+
+
+def measured_layers(
+    model: nn.Module, part: str, modules: Sequence[str] | None = None
+) -> list[Unit]:
+    """Return the layers of a planned model that are measured.
+
+    Args:
+        model: The model.
+        part: What of them.
+        modules: Globs on dotted paths; None takes all.
+
+    Raises:
+        ConfigError: If a glob matches nothing.
+        UnsupportedError: If there is no such layer.
+    """
+    instrumentation = instrumentation_of(model)
+    Selection(None, modules, None, QUANT_MARK).validate(model, instrumentation.sites)
+    chosen = [
+        unit
+        for unit in units_of(instrumentation, part)
+        if modules is None
+        or any(matches(instrumentation.find(key), x) for key in unit.sites for x in modules)
+    ]
+    if not chosen:
+        msg = (
+            f"{type(model).__name__} has no layer to measure for part={part!r}"
+            + (f" and modules={list(modules)}" if modules is not None else "")
+            + ". `print(linger.summary(model))` shows what is quantized."
+        )
+        raise UnsupportedError(msg)
+    return chosen
 
 
 def is_measured(site: Site, part: str) -> bool:
@@ -340,21 +377,7 @@ class _Trials:
         self._instrumentation = instrumentation_of(model)
         self._forwards = forwards
         self._score = score
-        sites = self._instrumentation.sites
-        Selection(None, modules, None, QUANT_MARK).validate(model, sites)
-        self.units = [
-            unit
-            for unit in units_of(self._instrumentation, part)
-            if modules is None
-            or any(matches(self._site(key), glob) for key in unit.sites for glob in modules)
-        ]
-        if not self.units:
-            msg = (
-                f"{type(model).__name__} has no layer to measure for part={part!r}"
-                + (f" and modules={list(modules)}" if modules is not None else "")
-                + ". `print(linger.summary(model))` shows what is quantized."
-            )
-            raise UnsupportedError(msg)
+        self.units = measured_layers(model, part, modules)
 
     def run(self, bits: Sequence[int], mode: Mode) -> list[SensitivityRow]:
         """Measure every layer at every width."""
@@ -378,9 +401,6 @@ class _Trials:
         if bits not in baselines:
             baselines[bits] = self._scored(whole)
         return self._scored({**whole, unit: WIDEST_OPERAND}) - baselines[bits]
-
-    def _site(self, key: str) -> Site:
-        return self._instrumentation.find(key)
 
     def _float_score(self) -> None:
         # On, so that whatever notes the calls of the model sees them.

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.batches import training_calls
 from lightning_linger.callbacks.order import check_algorithms, epoch_length
-from lightning_linger.callbacks.schedule import NEVER, Schedule
+from lightning_linger.callbacks.schedule import NEVER, Schedule, require_reached
 from lightning_linger.callbacks.stage import stages_of
 from lightning_linger.callbacks.strategies import shards
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
-from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.stages.forwards import Forward
 
 
@@ -66,6 +66,9 @@ class AlgorithmCallback(Callback, ABC):
             raise misconfiguration(msg)
         if stage == "fit":
             check_algorithms(trainer.callbacks, stages_of(trainer), algorithms_of(trainer))
+            if not self._was_applied(pl_module):
+                epoch = self.schedule.at_epoch
+                require_reached(trainer, epoch, f"{type(self).__name__}(at_epoch={epoch})")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse early what could not be done late."""
@@ -105,10 +108,13 @@ class AlgorithmCallback(Callback, ABC):
         if self.at_end or trainer.fast_dev_run:
             self._act(trainer, pl_module)
 
+    def _was_applied(self, module: Any) -> bool:
+        return is_prepared(module) and self.name in instrumentation_of(module).applied
+
     def _act(self, trainer: Any, module: Any) -> None:
-        instrumentation = instrumentation_of(module)
-        if self.name in instrumentation.applied:
+        if self._was_applied(module):
             return
+        instrumentation = instrumentation_of(module)
         if self.needs_ranges and not instrumentation.switches.quantize:
             warnings.warn(
                 f"{type(self).__name__} did nothing: quantization has not started.",

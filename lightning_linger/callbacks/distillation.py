@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.schedule import Schedule, require_reached
 from lightning_linger.callbacks.strategies import shards
 from lightning_linger.core.calls import ModuleCall
 from lightning_linger.core.errors import ConfigError
@@ -70,7 +71,7 @@ class DistillationCallback(Callback):
     ) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("temperature", temperature)):
-            if not 0.0 < value < math.inf:
+            if not isinstance(value, int | float) or not 0.0 < value < math.inf:
                 msg = f"`{name}` must be a positive number. Found: {value!r}."
                 raise ConfigError(msg)
         for name, choice, allowed in (
@@ -80,16 +81,12 @@ class DistillationCallback(Callback):
             if choice not in allowed:
                 msg = f"`{name}` must be one of {allowed}. Found: {choice!r}."
                 raise ConfigError(msg)
-        if end_epoch is not None and end_epoch <= (at_epoch or 0):
-            msg = f"`end_epoch` ({end_epoch}) must come after `at_epoch` ({at_epoch or 0})."
-            raise ConfigError(msg)
+        self.schedule = Schedule(at_epoch, end_epoch=end_epoch)
         self.weight = weight
         self.temperature = temperature
         self.loss = loss
         self.teacher = teacher
         self.class_dim = class_dim
-        self.at_epoch = at_epoch
-        self.end_epoch = end_epoch
         self._weights: dict[str, Tensor] = {}
 
     # --- the run ----------------------------------------------------------------------------
@@ -112,9 +109,20 @@ class DistillationCallback(Callback):
                 "draw to the float one. HINT: list it after a QuantizeCallback."
             )
             raise misconfiguration(msg)
+        self._refuse_a_schedule_without_epochs(trainer, found[0].schedule.at_epoch or 0)
+
+    def _refuse_a_schedule_without_epochs(self, trainer: Any, quantized_at: int) -> None:
+        first, end = self.schedule.at_epoch, self.schedule.end_epoch
+        require_reached(trainer, first, f"DistillationCallback(at_epoch={first})")
+        if end is not None and end <= quantized_at and not trainer.fast_dev_run:
+            msg = (
+                f"DistillationCallback(end_epoch={end}) ends before quantization starts in epoch "
+                f"{quantized_at}, and would never act. HINT: leave `end_epoch` away."
+            )
+            raise misconfiguration(msg)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what the term cannot be added to."""
+        """Refuse what the term cannot be added to; forget the teacher of another run."""
         if not pl_module.automatic_optimization:
             msg = (
                 "DistillationCallback adds a term to the loss of `training_step`; with manual "
@@ -122,17 +130,21 @@ class DistillationCallback(Callback):
                 "optimization, or add the term in `training_step`."
             )
             raise misconfiguration(msg)
-        self._weights = {name: x.to(pl_module.device) for name, x in self._weights.items()}
+        quantized = is_prepared(pl_module) and instrumentation_of(pl_module).switches.quantize
+        kept = self._weights if quantized else {}
+        self._weights = {name: x.to(pl_module.device) for name, x in kept.items()}
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Begin to note what the model is called with, and what it returns."""
-        if not self._acts(trainer, pl_module):
+        if not is_prepared(pl_module) or not instrumentation_of(pl_module).switches.quantize:
             return
+        # However late the term begins: from here on weights are those of the quantized model.
         if self.teacher == "frozen" and not self._weights:
             self._keep_weights(trainer, pl_module)
-        instrumentation_of(pl_module).exchanges = []
+        if self.schedule.is_on(trainer, pl_module, False):
+            instrumentation_of(pl_module).exchanges = []
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Add the term to the loss, which Lightning has made for this backward alone."""
@@ -158,15 +170,6 @@ class DistillationCallback(Callback):
         if is_prepared(pl_module):
             instrumentation_of(pl_module).exchanges = None
 
-    def _acts(self, trainer: Any, module: Any) -> bool:
-        epoch = trainer.current_epoch
-        return (
-            is_prepared(module)
-            and instrumentation_of(module).switches.quantize
-            and epoch >= (self.at_epoch or 0)
-            and (self.end_epoch is None or epoch < self.end_epoch)
-        )
-
     # --- the teacher ------------------------------------------------------------------------
 
     def _keep_weights(self, trainer: Any, module: nn.Module) -> None:
@@ -191,8 +194,7 @@ class DistillationCallback(Callback):
                 Tensor, lambda x: _for_teacher(x, taught), (call.args, call.kwargs)
             )
             result = self._called(call.module, paths[id(call.module)], args, kwargs)
-            pairs = zip(tree_leaves(student), tree_leaves(result), strict=True)
-            taught.update((id(ours), theirs) for ours, theirs in pairs)
+            taught.update((id(ours), theirs) for ours, theirs in _pairs(student, result))
         return result
 
     def _called(self, part: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -211,6 +213,13 @@ class DistillationCallback(Callback):
             msg = (
                 "The model returns no floating tensor to distill. HINT: return one, e.g. logits, "
                 "from the `forward` that `training_step` calls last."
+            )
+            raise misconfiguration(msg)
+        if student.shape != teacher.shape:
+            msg = (
+                f"In training the model returns a tensor of shape {tuple(student.shape)}, in "
+                f"evaluation, as the teacher does, one of shape {tuple(teacher.shape)}. HINT: let "
+                "the first tensor that `forward` returns be the same in both."
             )
             raise misconfiguration(msg)
         student, teacher = student.float(), teacher.float()
@@ -237,6 +246,15 @@ class DistillationCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the teacher of the checkpoint."""
         self._weights = state_dict["weights"]
+
+
+def _pairs(student: Any, teacher: Any) -> list[tuple[Any, Any]]:
+    """Return what the student has returned, each with what the teacher returns in its place."""
+    ours, theirs = tree_leaves(student), tree_leaves(teacher)
+    if len(ours) != len(theirs):
+        # Evaluation leaves auxiliary outputs out.
+        return [(main_result(student), main_result(teacher))]
+    return list(zip(ours, theirs, strict=True))
 
 
 def _for_teacher(x: Tensor, taught: dict[int, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.schedule import require_reached
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
@@ -95,15 +96,8 @@ class ONNXExportCallback(Callback):
         if not existing.is_dir() or not _writable(existing):
             msg = f"ONNXExportCallback cannot write to {folder}. HINT: choose another `path`."
             raise misconfiguration(msg)
-        last = trainer.max_epochs
-        late = [e for e in self.epochs or () if last is not None and 0 <= last <= e]
-        if late:
-            msg = (
-                f"ONNXExportCallback(at_epoch={late}) never runs with max_epochs={last}. HINT: "
-                f"epochs count from 0, the last one is {last - 1}."
-            )
-            raise misconfiguration(msg)
-
+        last = max(self.epochs or (), default=None)
+        require_reached(trainer, last, f"ONNXExportCallback(at_epoch={last})")
         self._refuse_export_before_quantize(trainer)
 
     def _refuse_export_before_quantize(self, trainer: Any) -> None:

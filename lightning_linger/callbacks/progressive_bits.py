@@ -9,11 +9,13 @@ from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.algorithm import algorithms_of
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.company import follow_in_average
+from lightning_linger.callbacks.order import epoch_length
 from lightning_linger.callbacks.quantize import QuantizeCallback
+from lightning_linger.callbacks.schedule import require_reached
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.tags import WIDEST_OPERAND
 from lightning_linger.core.widths import NAMES
-from lightning_linger.stages.widths import change_model_bits
+from lightning_linger.stages.widths import change_model_bits, check_model_bits
 
 
 class ProgressiveBitsCallback(Callback):
@@ -75,11 +77,21 @@ class ProgressiveBitsCallback(Callback):
                     f"in epoch {last + 1} or later, or leave `at_epoch` away."
                 )
                 raise misconfiguration(msg)
-        epochs = trainer.max_epochs
-        if epochs is not None and 0 <= epochs <= last and not trainer.fast_dev_run:
+        require_reached(trainer, last, f"Epoch {last} of ProgressiveBitsCallback")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse early what a layer could not change to in the middle of the run."""
+        for fields in self.schedule.values():
+            check_model_bits(pl_module, fields, self.modules)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse ranges that are held too early, now that the steps of an epoch are known."""
+        quantize = next(item for item in trainer.callbacks if isinstance(item, QuantizeCallback))
+        last, freeze = max(self.schedule), quantize.freeze_at_step
+        if freeze is not None and freeze <= last * epoch_length(trainer):
             msg = (
-                f"ProgressiveBitsCallback never reaches epoch {last} with max_epochs={epochs}. "
-                f"HINT: epochs count from 0, the last one is {epochs - 1}."
+                f"QuantizeCallback(freeze_at_step={freeze}) holds the ranges while "
+                f"ProgressiveBitsCallback still changes widths in epoch {last}. HINT: freeze later."
             )
             raise misconfiguration(msg)
 

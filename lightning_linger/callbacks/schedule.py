@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_linger.callbacks._compat import misconfiguration
 from lightning_linger.core.errors import ConfigError
 
 # An epoch that does not come.
@@ -80,3 +81,25 @@ class Schedule:
         if self.at_epoch is not None:
             return f"at_epoch={self.at_epoch}"
         return f"at_step={self.at_step}" if self.at_step is not None else "when=..."
+
+
+def require_reached(trainer: Any, epoch: int | None, what: str) -> None:
+    """Refuse an epoch that the run does not have.
+
+    Args:
+        trainer: In ``setup``.
+        epoch: The last epoch in which something is to happen; None, and `NEVER`, are not checked.
+        what: What would not happen, e.g. ``ONNXExportCallback(at_epoch=9)``.
+
+    Raises:
+        MisconfigurationException: If the run ends before.
+    """
+    last = trainer.max_epochs
+    if epoch is None or epoch == NEVER or last is None or trainer.fast_dev_run:
+        return
+    if 0 <= last <= epoch:
+        msg = (
+            f"{what} never acts with max_epochs={last}. HINT: epochs count from 0, the last one is "
+            f"{last - 1}."
+        )
+        raise misconfiguration(msg)

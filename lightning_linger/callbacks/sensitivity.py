@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_linger.analysis.bits import COSTS, Cost, choose_bits
+from lightning_linger.analysis.bits import COSTS, Cost, check_budget, choose_bits, require_budget
 from lightning_linger.analysis.sensitivity import (
     Mode,
     Part,
     Sensitivities,
+    check_trials,
     measure_sensitivity,
+    measured_layers,
     output_score,
 )
 from lightning_linger.callbacks import tensorboard
@@ -20,8 +22,10 @@ from lightning_linger.callbacks._compat import Callback, misconfiguration
 from lightning_linger.callbacks.calibrate import CalibrateCallback
 from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.discovery import silent
+from lightning_linger.callbacks.progressive_bits import ProgressiveBitsCallback
 from lightning_linger.callbacks.quantize import QuantizeCallback
 from lightning_linger.callbacks.replay import run_folder
+from lightning_linger.callbacks.schedule import Schedule, require_reached
 from lightning_linger.callbacks.silent_validation import (
     evaluation,
     has_one_loader,
@@ -92,6 +96,10 @@ class SensitivityCallback(Callback):
         if cost not in COSTS:
             msg = f"`cost` must be one of {COSTS}. Found: {cost!r}."
             raise ConfigError(msg)
+        if budget is not None:
+            check_budget(budget)
+        if at_epoch is not None:
+            Schedule(at_epoch)
         if apply and (budget is None or at_epoch is None):
             msg = (
                 "`apply` trains on with the widths that a budget chooses at an epoch: pass "
@@ -99,7 +107,7 @@ class SensitivityCallback(Callback):
             )
             raise ConfigError(msg)
         self.at_epoch = at_epoch
-        self.bits = tuple(bits)
+        self.bits = check_trials(bits, mode, part)
         self.metric = metric
         self.higher_is_better = higher_is_better
         self.mode = mode
@@ -129,6 +137,9 @@ class SensitivityCallback(Callback):
                 "HINT: add a QuantizeCallback."
             )
             raise misconfiguration(msg)
+        require_reached(trainer, self.at_epoch, f"SensitivityCallback(at_epoch={self.at_epoch})")
+        # Of an earlier run of another Trainer; a checkpoint gives back that of its own.
+        self._measured_at = None
         freeze = found[0].freeze_at_epoch
         if self.apply and freeze is not None and freeze <= (self.at_epoch or 0):
             msg = (
@@ -136,6 +147,22 @@ class SensitivityCallback(Callback):
                 f"SensitivityCallback changes widths in epoch {self.at_epoch}. HINT: freeze later."
             )
             raise misconfiguration(msg)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse early what measuring could only refuse late."""
+        layers = measured_layers(pl_module, self.part, self.modules)
+        if self.budget is not None and not self._widths_change_before(trainer):
+            require_budget(pl_module, layers, self.bits, self.part, self.budget, self.cost)
+
+    def _widths_change_before(self, trainer: Any) -> bool:
+        """Whether another callback may have made the model smaller when this one measures."""
+        others = (item for item in trainer.callbacks if item is not self)
+        return any(isinstance(x, ProgressiveBitsCallback | SensitivityCallback) for x in others)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a run without data to measure on, now that its loaders are there."""
+        if not trainer.fast_dev_run:
+            _require_one_loader(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure at the set epoch, once."""
@@ -163,12 +190,7 @@ class SensitivityCallback(Callback):
     # --- measuring --------------------------------------------------------------------------
 
     def _measure(self, trainer: Any, module: Any) -> None:
-        if not has_one_loader(trainer):
-            msg = (
-                "SensitivityCallback measures on validation data from one loader. HINT: pass a "
-                "validation loader, or call `linger.sensitivity(model, batches)`."
-            )
-            raise misconfiguration(msg)
+        _require_one_loader(trainer)
         with evaluation(module), silent(module):
             batches = list(validation_batches(trainer, module, self.batches))
             forwards = [_forward(trainer, module, batch) for batch in batches]
@@ -214,6 +236,15 @@ class SensitivityCallback(Callback):
         if self.overrides:
             text = json.dumps(self.overrides, indent=1) + "\n"
             write_atomically(folder / OVERRIDES_NAME, text.encode())
+
+
+def _require_one_loader(trainer: Any) -> None:
+    if not has_one_loader(trainer):
+        msg = (
+            "SensitivityCallback measures on validation data from one loader. HINT: pass a "
+            "validation loader, or call `linger.sensitivity(model, batches)`."
+        )
+        raise misconfiguration(msg)
 
 
 def _forward(trainer: Any, module: Any, batch: Any) -> Forward:

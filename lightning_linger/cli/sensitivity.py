@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.analysis.bits import COSTS, choose_bits
+from lightning_linger.analysis.planning import default_config
 from lightning_linger.analysis.sensitivity import (
     MODES,
     PARTS,
@@ -26,10 +27,11 @@ from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.errors import ConfigError, LingerError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.export.files import check_target, write_atomically
-from lightning_linger.platforms import PLATFORMS
+from lightning_linger.platforms import PLATFORMS, platform_of
 from lightning_linger.simulate.divergence import Forward
 from lightning_linger.stages.checkpoints import recorded_example
 from lightning_linger.stages.fuse_bn import fuse_bn
+from lightning_linger.stages.prepare import check_example
 
 _DESCRIPTION = """\
 Quantize the layers of a model one at a time, at each width, and measure what that does to its
@@ -92,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     model = build_prepared_root(arguments)
     forwards = list(_forwards(model, arguments))
     instrumentation = instrumentation_of(model)
-    config = None
+    config: QuantConfig | None = None
     if "quantize" not in instrumentation.plans:
-        config = QuantConfig(platform=arguments.platform)
+        config = default_config(platform_of(arguments.platform))
         if "fuse_bn" not in instrumentation.plans:
             fuse_bn(model)
     model.eval()
@@ -146,6 +148,7 @@ def _forwards(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Forwa
     if len(sizes) != 1 or 0 in sizes:
         msg = f"--data holds {sorted(sizes)} samples. Every input needs as many, and some."
         raise ConfigError(msg)
+    check_example(tensors)
     for parts in zip(*(tensor.split(arguments.batch) for tensor in tensors), strict=True):
         named = dict(zip(kwargs, parts[len(args) :], strict=True))
         yield partial(runner, *parts[: len(args)], **named)

@@ -70,6 +70,20 @@ def change_model_bits(
             are rounded as :func:`lightning_linger.adaround` has learned for the width they have.
         NotReadyError: If the model has no plan.
     """
+    _apply(model, _planned(model), _model_widths(model, fields, modules))
+    return model
+
+
+def check_model_bits(
+    model: nn.Module, fields: Mapping[str, int], modules: Sequence[str] | None = None
+) -> None:
+    """Raise what :func:`change_model_bits` would raise; nothing is changed."""
+    _check(_planned(model), _model_widths(model, fields, modules))
+
+
+def _model_widths(
+    model: nn.Module, fields: Mapping[str, int], modules: Sequence[str] | None
+) -> dict[str, Widths]:
     instrumentation = _planned(model)
     unknown = sorted(set(fields) - set(NAMES))
     if unknown:
@@ -85,8 +99,7 @@ def change_model_bits(
             if getattr(planned, name) == own[name] and _has_codes(name, planned)
         }
         widths[site.key] = dataclasses.replace(widths_of(site), **wanted)
-    _apply(model, instrumentation, widths)
-    return model
+    return widths
 
 
 def _planned(model: nn.Module) -> Instrumentation:

@@ -214,6 +214,8 @@ def test_widths_that_a_platform_does_not_run_are_not_chosen() -> None:
         (rows(sites=["stam"]), {}, "`stam` names no layer .* Similar: 'stem'"),
         (rows() + rows(), {}, "twice"),
         (rows(), {"cost": "bytes"}, "`cost` must be one of"),
+        (rows(), {"budget": float("inf")}, "`budget` must be a positive number. Found: inf"),
+        (rows(), {"budget": "9 kB"}, "`budget` must be a positive number. Found: '9 kB'"),
         (rows(), {"budget": 43}, r"`budget` of 43 bytes of weights cannot be kept: .* 44"),
     ],
 )

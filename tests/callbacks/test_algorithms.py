@@ -250,6 +250,10 @@ WRONG: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [ReestimateBNCallback(), CalibrateCallback()],
         r"needs a quantized model.*CalibrateCallback\(at the end\).*list it behind",
     ),
+    "after the end": (
+        lambda: [QuantizeCallback(), quick(at_epoch=3)],
+        r"AdaRoundCallback\(at_epoch=3\) never acts with max_epochs=3.*the last one is 2",
+    ),
     "in the wrong order": (
         lambda: [CalibrateCallback(), quick(), ReestimateBNCallback()],
         r"ReestimateBNCallback\(at the end\) has to act before AdaRoundCallback\(at the end\)",

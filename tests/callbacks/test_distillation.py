@@ -254,13 +254,93 @@ def test_the_teacher_is_the_model_from_before_quantization(tmp_path: Path) -> No
     assert not torch.equal(kept["fc.weight"], model.fc.weight)
 
 
-@pytest.mark.parametrize("arguments", [{"at_epoch": 9}, {"at_epoch": 0, "end_epoch": 1}])
-def test_while_it_is_off_no_bit_changes(tmp_path: Path, arguments: Any) -> None:
-    plain, watched = fresh(Classifier), fresh(Classifier)
-    fit(tmp_path, stages(), plain, epochs=3)
-    fit(tmp_path, [*stages(), DistillationCallback(**arguments)], watched, epochs=3)
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, watched.state_dict()[name]), name
+class Epochs(pl.Callback):
+    """Notes the state at the start of every epoch, before anything else acts there."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.states.append({name: x.clone() for name, x in pl_module.state_dict().items()})
+
+
+def test_before_it_begins_no_bit_changes(tmp_path: Path) -> None:
+    states = []
+    for callbacks in ([], [DistillationCallback(at_epoch=2)]):
+        seen = Epochs()
+        fit(tmp_path, [seen, *stages(), *callbacks], fresh(Classifier), epochs=4)
+        states.append(seen.states)
+    for epoch, same in enumerate((True, True, True, False)):
+        plain, watched = states[0][epoch], states[1][epoch]
+        assert all(torch.equal(x, watched[name]) for name, x in plain.items()) == same, epoch
+
+
+def test_the_loss_has_the_term_in_its_epochs(tmp_path: Path) -> None:
+    class Spy(pl.Callback):
+        def __init__(self) -> None:
+            self.added: dict[int, bool] = {}
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+            self.added[trainer.current_epoch] = not torch.equal(loss, pl_module.losses[-1])
+
+    spy = Spy()
+    fit(tmp_path, [*stages(), DistillationCallback(end_epoch=3), spy], fresh(Plain), epochs=4)
+    assert spy.added == {0: False, 1: True, 2: True, 3: False}
+
+
+@pytest.mark.parametrize("at_epoch", [None, 3])
+def test_a_late_term_has_the_same_teacher(tmp_path: Path, at_epoch: int | None) -> None:
+    callback, seen = DistillationCallback(at_epoch=at_epoch), Epochs()
+    # Quantization starts in epoch 1.
+    fit(tmp_path, [seen, *stages(), callback], fresh(Plain), epochs=4)
+    kept = callback.state_dict()["weights"]
+    assert all(torch.equal(value, seen.states[1][name]) for name, value in kept.items())
+
+
+def test_another_run_has_a_teacher_of_its_own(tmp_path: Path) -> None:
+    callback = DistillationCallback()
+    fit(tmp_path, [*stages(), callback], fresh(Plain), epochs=2)
+    other, seen = fresh(Plain), Epochs()
+    torch.nn.init.normal_(other.fc.weight)
+    fit(tmp_path, [seen, *stages(), callback], other, epochs=2)
+    kept = callback.state_dict()["weights"]
+    assert all(torch.equal(value, seen.states[1][name]) for name, value in kept.items())
+
+
+class Auxiliary(Plain):
+    """A second output in training, in front of or behind the one of evaluation."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        if not self.training:
+            return y
+        other = torch.cat([y, y])
+        return (other, y) if self.first else (y, other)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        outputs = self(batch[0])
+        return F.cross_entropy(outputs[self.first], batch[1])
+
+
+def test_auxiliary_outputs_of_training_are_left_out(tmp_path: Path) -> None:
+    grads = []
+    for model in (Plain(), Auxiliary(first=False)):
+        model.load_state_dict(fresh(Plain).state_dict())
+        fit(tmp_path, [QuantizeCallback(), DistillationCallback()], model, epochs=1)
+        grads.append(model.grads[0])
+    assert all(torch.equal(x, grads[1][name]) for name, x in grads[0].items())
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_a_teacher_of_another_shape_is_refused(tmp_path: Path, loss: Any) -> None:
+    error = pl.utilities.exceptions.MisconfigurationException
+    callbacks = [QuantizeCallback(), DistillationCallback(loss=loss)]
+    with pytest.raises(error, match=r"shape \(\d+, \d\), in evaluation.* be the same in both"):
+        fit(tmp_path, callbacks, Auxiliary(first=True), epochs=1)
 
 
 def test_exports_find_their_example_beside_it(tmp_path: Path) -> None:
@@ -299,6 +379,12 @@ class Manual(Classifier):
         ([CalibrateCallback(), DistillationCallback()], Classifier, "follows no QuantizeCallback"),
         ([QuantizeCallback(), DistillationCallback()], Manual, "manual optimization"),
         ([QuantizeCallback(), DistillationCallback(class_dim=2)], Classifier, "pass `class_dim`"),
+        ([QuantizeCallback(), DistillationCallback(at_epoch=3)], Classifier, "the last one is 1"),
+        (
+            [QuantizeCallback(at_epoch=2), DistillationCallback(end_epoch=2)],
+            Classifier,
+            "ends before quantization starts in epoch 2",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -312,6 +398,8 @@ def test_what_cannot_work_is_refused(
     ("arguments", "message"),
     [
         ({"weight": 0.0}, "`weight` must be a positive number"),
+        ({"weight": "1"}, "`weight` must be a positive number"),
+        ({"at_epoch": -1}, "`at_epoch` must be a non-negative integer"),
         ({"temperature": float("inf")}, "`temperature`"),
         ({"loss": "l1"}, "`loss` must be one of"),
         ({"teacher": "other"}, "`teacher` must be one of"),

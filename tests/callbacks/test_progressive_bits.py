@@ -156,11 +156,23 @@ def test_an_average_of_the_weights_has_the_same_widths(tmp_path: Path) -> None:
             ],
             r"AdaRoundCallback\(at_epoch=1\) learns.*learn in epoch 3 or later",
         ),
+        (
+            [QuantizeCallback(freeze_at_step=6), ProgressiveBitsCallback({0: 8, 2: 4})],
+            r"freeze_at_step=6.*in epoch 2. HINT: freeze later",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, callbacks: list[Any], message: str) -> None:
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=message):
         fit(tmp_path, callbacks)
+
+
+def test_layers_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    callback = ProgressiveBitsCallback({2: 4}, modules=["stam"])
+    run = trainer(tmp_path, [QuantizeCallback(), callback], epochs=EPOCHS)
+    with pytest.raises(ConfigError, match="'stam' matches no module"):
+        run.fit(Classifier(), loader(), loader(1))
+    assert run.global_step == 0
 
 
 @pytest.mark.parametrize(

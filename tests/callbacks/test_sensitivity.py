@@ -169,6 +169,7 @@ def test_mixed_precision_within_one_run_and_when_it_is_resumed(tmp_path: Path) -
             "freeze later",
         ),
         ([QuantizeCallback(), SensitivityCallback(metric="val_f1")], "finds no such metric"),
+        ([QuantizeCallback(), SensitivityCallback(at_epoch=2)], "the last one is 1"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, callbacks: list[Any], message: str) -> None:
@@ -176,11 +177,40 @@ def test_what_cannot_work_is_refused(tmp_path: Path, callbacks: list[Any], messa
         fit(tmp_path, callbacks)
 
 
-def test_a_run_without_validation_data_is_refused(tmp_path: Path) -> None:
-    callback = SensitivityCallback(at_epoch=0)
+@pytest.mark.parametrize("at_epoch", [None, 1])
+def test_a_run_without_validation_data_is_refused(tmp_path: Path, at_epoch: int | None) -> None:
+    callback = SensitivityCallback(at_epoch=at_epoch)
     run = trainer(tmp_path, [QuantizeCallback(), callback], limit_val_batches=0)
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="validation data"):
         run.fit(Classifier(), loader(), loader(1))
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 10}, "`budget` of 10 bytes of weights cannot be kept"),
+        ({"modules": ["stam"]}, "'stam' matches no module"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_before_training(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    callback = SensitivityCallback(at_epoch=1, **arguments)
+    run = trainer(tmp_path, [QuantizeCallback(), callback])
+    with pytest.raises(ConfigError, match=message):
+        run.fit(Classifier(), loader(), loader(1))
+    assert run.global_step == 0
+
+
+def test_a_second_run_measures_again(tmp_path: Path) -> None:
+    callback = SensitivityCallback(at_epoch=1)
+    tables = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        trainer(tmp_path, [QuantizeCallback(), callback]).fit(Classifier(), loader(), loader(1))
+        tables.append(list(callback.rows))
+    assert tables[0] != tables[1]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +220,11 @@ def test_a_run_without_validation_data_is_refused(tmp_path: Path) -> None:
         ({"cost": "bytes"}, "`cost` must be one of"),
         ({"apply": True}, "`apply` trains on with the widths"),
         ({"apply": True, "budget": 5}, "pass `budget` and `at_epoch`"),
+        ({"bits": (1, 4)}, "`bits` holds integers from 2 to 16"),
+        ({"mode": "each"}, "`mode` must be one of"),
+        ({"part": "weight"}, "`part` must be one of"),
+        ({"budget": float("nan")}, "`budget` must be a positive number. Found: nan"),
+        ({"at_epoch": -1}, "`at_epoch` must be a non-negative integer"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

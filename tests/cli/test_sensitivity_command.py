@@ -44,6 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.save("x.npy", rng.normal(size=(20, 2, 6)))
     np.savez("both.npz", **{"0": rng.normal(size=(20, 2, 6)), "scale": rng.normal(size=(20, 8))})
     np.save("short.npy", rng.normal(size=(3, 8)))
+    np.save("nan.npy", np.full((2, 2, 6), np.nan))
     np.save("wrong.npy", rng.normal(size=(20, 5, 6)))
     return tmp_path
 
@@ -87,11 +88,21 @@ def test_widths_are_chosen_under_a_budget(folder: Path, capsys: pytest.CaptureFi
     assert f'  "conv": {json.dumps(overrides["conv"])}' in printed.splitlines()
 
 
+def test_a_target_of_layers_with_real_results(folder: Path) -> None:
+    model = saved(folder)
+    options = ["--ckpt", "net.pt", "--data", "x.npy", "--platform", "mlu", "--budget", "40"]
+    assert main([*MODULE, *options, "--overrides", "mixed.json"]) == 0
+    linger.fuse_bn(linger.prepare(model, (torch.zeros(1, 2, 6),)))
+    config = linger.QuantConfig(platform="mlu", output_bits=None)
+    linger.quantize(model, config, overrides=json.loads(Path("mixed.json").read_text()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "nothing.npy"], "cannot read 'nothing.npy'"),
         (["--data", "wrong.npy"], "Net does not run on the data"),
+        (["--data", "nan.npy"], "holds NaN or infinity"),
         (["--data", "x.npy", "--bits", "1"], "`bits` holds integers from 2 to 16"),
         (["--data", "x.npy", "--batch", "0"], "--batch and --samples are positive"),
         (["--data", "x.npy", "--overrides", "f.json"], "Pass --budget too"),
