@@ -17,12 +17,14 @@ from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.dashboard.advice import advise
 from lightning_linger.dashboard.figures import matplotlib_is_installed
 from lightning_linger.dashboard.model import (
+    bits_per_weight,
     charted_sites,
     planned_layers,
     planned_target,
     settings_of,
     stages_on,
     value_histograms,
+    widths_in_force,
 )
 from lightning_linger.dashboard.records import (
     INTEGER,
@@ -40,9 +42,10 @@ from lightning_linger.simulate.metrics import DivergenceRow, OutputRow, QuantErr
 from lightning_linger.simulate.samples import ValueSamples
 
 # Names of values that the library itself logs.
-OWN = ("integer/", "quant_error/", "stage/", "metric/")
+OWN = ("integer/", "quant_error/", "stage/", "metric/", "bits/")
 # What a metric's name contains that is to be high, best first; otherwise the first of a validation.
 _ACCURACIES = ("acc", "f1", "auroc", "auc", "map", "iou", "dice", "psnr", "bleu")
+BITS_PER_WEIGHT = "bits/per_weight"
 _STAGE_METRICS = (
     *(f"metric/{stage_name(stages)}" for stages in ((), STAGES[:1], STAGES)),
     f"metric/{INTEGER}",
@@ -52,6 +55,7 @@ _ROW_METRICS = (
     "quant_error/worst_sqnr",
     "quant_error/decisions_changed",
     "integer/mismatch_rate",
+    BITS_PER_WEIGHT,
 )
 # Drawing in the course of a run may take this share of its time.
 DRAWING_SHARE = 0.01
@@ -133,6 +137,7 @@ class Dashboard:
         self._graph_shown = False
         self._drawn_at = -1
         self._stages: tuple[str, ...] | None = None
+        self._width_changes: int | None = None
         settings = {**_hyperparameters(module), **_stage_settings(self.record)}
         self._draws = matplotlib_is_installed()
         for writer in tensorboard.writers(trainer):
@@ -147,8 +152,27 @@ class Dashboard:
                     stacklevel=2,
                 )
 
-    def note_stages(self, trainer: Any, module: Any) -> None:
-        """Note a switch of stages; called in every step."""
+    def note_switches(self, trainer: Any, module: Any) -> None:
+        """Note other stages and other widths; called in every step."""
+        self._note_stages(trainer, module)
+        self._note_widths(trainer, module)
+
+    def _note_widths(self, trainer: Any, module: Any) -> None:
+        changes = instrumentation_of(module).width_changes
+        if changes == self._width_changes:
+            return
+        self._width_changes = changes
+        switch = widths_in_force(module, trainer.current_epoch, trainer.global_step)
+        latest = self.record.widths[-1] if self.record.widths else None
+        # What was only tried out has been taken back.
+        if latest is not None and switch.bits == latest.bits:
+            return
+        self.record.switch_widths(switch)
+        self._graph_shown = False
+        if self._log is not None:
+            self._log.widths(switch)
+
+    def _note_stages(self, trainer: Any, module: Any) -> None:
         stages = stages_on(instrumentation_of(module).switches)
         if stages == self._stages:
             return
@@ -172,7 +196,8 @@ class Dashboard:
         self.record.epochs.append(epoch)
         if self._log is not None:
             self._log.epoch(epoch)
-        log_values(trainer, _stage_values(epoch))
+        widths = _widths(self.record, module) if STAGES[-1] in stages else {}
+        log_values(trainer, {**_stage_values(epoch), **widths})
         if not epoch.layers:
             return
         self._findings = findings
@@ -223,6 +248,19 @@ def _stage_values(epoch: EpochRecord) -> dict[str, float]:
     return values
 
 
+def _widths(record: RunRecord, module: Any) -> dict[str, float]:
+    """Return the widths in force: of every layer, and of all weights."""
+    values: dict[str, float] = {}
+    for layer in record.layers:
+        weight = layer.bits.partition("/")[0]
+        if weight.isdigit():
+            values[f"weight_bits/{layer.site}"] = int(weight)
+        if layer.output_bits is not None:
+            values[f"output_bits/{layer.site}"] = layer.output_bits
+    mean = bits_per_weight(module)
+    return values if mean is None else {**values, BITS_PER_WEIGHT: mean}
+
+
 def primary_metric(metrics: dict[str, float]) -> str | None:
     """Return the name of the metric that stands for the run: an accuracy of the validation.
 
@@ -252,7 +290,9 @@ def _stage_settings(record: RunRecord) -> dict[str, str]:
     bits = (f"quantize.{name}_bits" for name in ("weight", "activation", "output"))
     return {
         "platform": record.platform,
-        "bits (weight/input/output)": "/".join(record.settings.get(x, "float") for x in bits),
+        "planned bits (weight/input/output)": "/".join(
+            record.settings.get(x, "float") for x in bits
+        ),
         "overrides": record.settings.get("quantize.overrides", ""),
         "stages": ", ".join(dict.fromkeys(name.split(".")[0] for name in record.settings)),
     }

@@ -85,9 +85,9 @@ class ReplayCallback(Callback, ABC):
             self._dashboard = Dashboard(trainer, pl_module, where, resumed)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """Note which stages are on."""
+        """Note which stages are on, and with which widths."""
         if self._dashboard is not None:
-            self._dashboard.note_stages(trainer, pl_module)
+            self._dashboard.note_switches(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget the validation before."""

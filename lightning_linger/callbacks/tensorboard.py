@@ -25,6 +25,7 @@ _EVERYTHING: dict[str, dict[str, list[str]]] = {
         "worst layer: SQNR [dB]": [r"quant_error/worst_sqnr", r"integer/worst_sqnr"],
         "worst layer: saturated share": [r"quant_error/worst_saturation"],
         "stages that are on": [r"stage/.*"],
+        "bits per weight, mean": [r"bits/per_weight"],
     },
     "All layers": {
         "SQNR accumulated [dB] (fake-quant against float)": [r"sqnr/.*"],
@@ -41,6 +42,8 @@ _PER_GROUP = {
     "cosine": "cosine",
     "saturated share": "saturation",
     "step exponent (log2)": "exponent",
+    "width of weights [bits]": "weight_bits",
+    "width of results [bits]": "output_bits",
     "mismatch rate (integers against fake-quant)": "mismatch",
 }
 _ERROR_MAPS: tuple[tuple[str, str, Callable[[LayerError], float]], ...] = (

@@ -82,6 +82,8 @@ class Instrumentation(nn.Module):
         self.marks: dict[str, Any] = {}
         # Widths that sites were planned with and no longer have, by key.
         self._planned_widths: dict[str, Widths] = {}
+        # How often widths have been set: who shows them looks again only then.
+        self.width_changes = 0
         # What has changed the parameters once and for all, e.g. `equalize`, in order.
         self.applied: list[str] = []
         # Whether the state of a model that was planned otherwise may be loaded.
@@ -192,6 +194,7 @@ class Instrumentation(nn.Module):
         Raises:
             ConfigError: If a width is not allowed.
         """
+        self.width_changes += 1
         for key, changed in widths.items():
             site = self.find(key)
             planned = self.planned_widths(site)

@@ -11,7 +11,7 @@ from lightning_linger.dashboard.figures import CLIP_COLOUR, FLOAT_COLOUR, GRID_C
 from lightning_linger.dashboard.groups import group_layers
 from lightning_linger.dashboard.records import STAGES, LayerError, RunRecord, ValueHistogram
 from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, spans_decades
-from lightning_linger.dashboard.timeline import stage_spans
+from lightning_linger.dashboard.timeline import Span, labelled_spans
 
 Chart = dict[str, Any]
 
@@ -47,17 +47,18 @@ def stage_timeline(record: RunRecord) -> Chart:
             "type": "bar",
             "orientation": "h",
             "y": [stage] * len(spans),
-            "base": [start for start, _ in spans],
-            "x": [end - start for start, end in spans],
-            "customdata": spans,
-            "hovertemplate": (
-                f"{stage}: steps %{{customdata[0]}} to %{{customdata[1]}}<extra></extra>"
-            ),
-            "marker": {"color": STAGE_COLOURS[stage]},
+            "base": [span.start for span in spans],
+            "x": [span.end - span.start for span in spans],
+            "text": [span.label for span in spans],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "customdata": [_hover(span) for span in spans],
+            "hovertemplate": f"{stage}: %{{customdata}}<extra></extra>",
+            "marker": {"color": STAGE_COLOURS[stage], "line": {"color": "white", "width": 1}},
             "showlegend": False,
         }
         for stage in STAGES
-        if (spans := stage_spans(record, stage))
+        if (spans := labelled_spans(record, stage))
     ]
     lines = [
         {
@@ -86,6 +87,11 @@ def stage_timeline(record: RunRecord) -> Chart:
         "margin": {"l": 90, "r": 20, "t": 10, "b": 60},
     }
     return {"data": [*bars, *lines], "layout": layout}
+
+
+def _hover(span: Span) -> str:
+    steps = f"steps {span.start} to {span.end}"
+    return f"{steps}, {span.label} bits (weight/input/output)" if span.label else steps
 
 
 def group_lines(record: RunRecord) -> dict[str, Chart]:

@@ -18,7 +18,7 @@ from lightning_linger.dashboard.records import (
     ValueHistogram,
 )
 from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, spans_decades
-from lightning_linger.dashboard.timeline import stage_spans
+from lightning_linger.dashboard.timeline import labelled_spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,8 +107,10 @@ def stage_timeline(record: RunRecord) -> Figure:
     figure = new_figure(9, 3.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.6))
     for row, stage in enumerate(STAGES):
-        for start, end in stage_spans(record, stage):
-            top.barh(row, end - start, left=start, height=0.7, color=STAGE_COLOURS[stage])
+        for span in labelled_spans(record, stage):
+            length, colour = span.end - span.start, STAGE_COLOURS[stage]
+            bar = top.barh(row, length, 0.7, span.start, color=colour, edgecolor="white")
+            top.bar_label(bar, [span.label], label_type="center", fontsize=7, color="white")
     top.set_yticks(range(len(STAGES)), STAGES)
     top.invert_yaxis()
     top.set_title("stages that are on", fontsize=10, loc="left")

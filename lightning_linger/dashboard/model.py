@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lightning_linger.core.graph import Graph
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.switches import Switches
-from lightning_linger.dashboard.records import STAGES, Layer, ValueHistogram
+from lightning_linger.dashboard.records import STAGES, Layer, ValueHistogram, WidthSwitch
 from lightning_linger.simulate.samples import ValueSamples
 from lightning_linger.stages.summary import summary
 
@@ -40,6 +41,33 @@ def planned_layers(model: nn.Module) -> list[Layer]:
             )
         )
     return layers
+
+
+def widths_in_force(model: nn.Module, epoch: int, step: int) -> WidthSwitch:
+    """Return the widths that the layers of a prepared model have from a step."""
+    layers = planned_layers(model)
+    return WidthSwitch(
+        epoch,
+        step,
+        {layer.site: layer.bits for layer in layers if layer.bits},
+        {layer.site: layer.output_bits for layer in layers if layer.output_bits is not None},
+    )
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Return the mean width of all weights that are quantized; None if there are none."""
+    weights = bits = 0
+    counted: set[int] = set()
+    for site in instrumentation_of(model).sites:
+        if not site.quantized or site.weight_grid is None:
+            continue
+        for spec in site.op.parameters(site.recorded_call):
+            # Calls of one module have their weights in common.
+            if spec.value not in counted:
+                counted.add(spec.value)
+                weights += math.prod(spec.shape)
+                bits += math.prod(spec.shape) * site.weight_grid.bits
+    return bits / weights if weights else None
 
 
 def charted_sites(model: nn.Module) -> list[str]:

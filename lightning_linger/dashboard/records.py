@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ INTEGER = "integer"
 
 @dataclass(frozen=True)
 class Layer:
-    """One site of the model, as it was planned.
+    """One site of the model.
 
     Args:
         site: Site key, e.g. ``block.conv1/conv2d/0``.
         op: Canonical op name.
-        bits: ``weight/input/output`` widths, empty for float.
+        bits: ``weight/input/output`` widths in force, empty for float.
         output_bits: Width of the output codes, None where the output is not rounded here.
         why_float: Why it is not quantized, empty if it is.
         inputs: Site keys of the layers whose results it takes.
@@ -148,6 +149,23 @@ class StageSwitch:
 
 
 @dataclass(frozen=True)
+class WidthSwitch:
+    """The widths in force from a step.
+
+    Args:
+        epoch: Epoch of the step.
+        step: First step, ``trainer.global_step``.
+        bits: ``weight/input/output`` widths by site, of all that are quantized.
+        output_bits: Widths of the output codes by site, of those whose output is rounded.
+    """
+
+    epoch: int
+    step: int
+    bits: dict[str, str]
+    output_bits: dict[str, int]
+
+
+@dataclass(frozen=True)
 class EpochRecord:
     """What one validation found.
 
@@ -190,8 +208,9 @@ class RunRecord:
         platform: Name of the target, empty if nothing is planned to be quantized.
         exact: Whether integers must equal fake-quant bit for bit (power-of-two scales).
         settings: What the stages were planned with.
-        layers: The layers in execution order.
+        layers: The layers in execution order, with the widths in force at the end.
         switches: When which stages were on, in order.
+        widths: When which widths were in force, in order.
         epochs: What the validations found, in order.
         histograms: The latest values by site.
         integer_metrics: The user's metrics of the integer model, at the end.
@@ -203,6 +222,7 @@ class RunRecord:
     settings: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     switches: list[StageSwitch] = field(default_factory=list)
+    widths: list[WidthSwitch] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     histograms: dict[str, ValueHistogram] = field(default_factory=dict)
     integer_metrics: dict[str, float] = field(default_factory=dict)
@@ -223,6 +243,28 @@ class RunRecord:
         """The layers that were measured at least once, in execution order."""
         sites = {error.site for epoch in self.measured for error in epoch.layers}
         return [layer for layer in self.layers if layer.site in sites]
+
+    def switch_widths(self, switch: WidthSwitch) -> None:
+        """Take widths over that are in force from now on."""
+        # A resumed run repeats what came after its checkpoint.
+        self.widths = [earlier for earlier in self.widths if earlier.step < switch.step] + [switch]
+        self.layers = [
+            dataclasses.replace(
+                layer,
+                bits=switch.bits.get(layer.site, ""),
+                output_bits=switch.output_bits.get(layer.site),
+            )
+            for layer in self.layers
+        ]
+
+    def widths_of(self, site: str) -> list[tuple[int, str]]:
+        """Return the steps from which a layer had other widths than before, and these."""
+        found: list[tuple[int, str]] = []
+        for switch in self.widths:
+            bits = switch.bits.get(site, "")
+            if not found or found[-1][1] != bits:
+                found.append((switch.step, bits))
+        return found
 
     def layer(self, site: str) -> Layer:
         """Return the layer of a site key."""

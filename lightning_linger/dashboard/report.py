@@ -122,6 +122,7 @@ def _layers(record: RunRecord) -> list[dict[str, Any]]:
                 "label": layer.label,
                 "op": layer.op,
                 "bits": layer.bits,
+                "widths": record.widths_of(layer.site),
                 "noise": latest.noise,
                 "own_noise": latest.isolated_noise,
                 **_values(latest),

@@ -22,6 +22,7 @@ from lightning_linger.dashboard.records import (
     RunRecord,
     StageSwitch,
     ValueHistogram,
+    WidthSwitch,
 )
 
 FILE_NAME = "linger.jsonl"
@@ -59,6 +60,10 @@ class RunLog:
     def switch(self, switch: StageSwitch) -> None:
         """Write that stages were switched."""
         self._write("switch", dataclasses.asdict(switch))
+
+    def widths(self, switch: WidthSwitch) -> None:
+        """Write that widths were switched."""
+        self._write("widths", dataclasses.asdict(switch))
 
     def epoch(self, epoch: EpochRecord) -> None:
         """Write what a validation found."""
@@ -150,6 +155,10 @@ def _read_switch(record: RunRecord, content: dict[str, Any]) -> None:
     record.switches = [s for s in record.switches if s.step < switch.step] + [switch]
 
 
+def _read_widths(record: RunRecord, content: dict[str, Any]) -> None:
+    record.switch_widths(WidthSwitch(**content))
+
+
 def _read_epoch(record: RunRecord, content: dict[str, Any]) -> None:
     content["stages"] = tuple(content["stages"])
     content["layers"] = tuple(LayerError(**_numbers(row)) for row in content["layers"])
@@ -171,6 +180,7 @@ def _read_integer_metrics(record: RunRecord, content: dict[str, Any]) -> None:
 _READERS: dict[str, Callable[[RunRecord, dict[str, Any]], None]] = {
     "run": _read_start,
     "switch": _read_switch,
+    "widths": _read_widths,
     "epoch": _read_epoch,
     "histograms": _read_histograms,
     "integer": _read_integer_metrics,

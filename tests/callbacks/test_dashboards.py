@@ -24,13 +24,16 @@ from lightning_linger.callbacks import (
     FuseBNCallback,
     IntegerValidatorCallback,
     NormalizeCallback,
+    ProgressiveBitsCallback,
     QuantErrorCallback,
     QuantizeCallback,
+    SensitivityCallback,
 )
 from lightning_linger.callbacks import dashboard as dashboards
 from lightning_linger.callbacks.dashboard import Budget, primary_metric
 from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.dashboard.run_log import FILE_NAME, read_run
+from lightning_linger.dashboard.timeline import labelled_spans
 from lightning_linger.simulate.integer import number_system
 from tests.browser import chromium, tensorboard, wait_for_elements, wait_for_text
 from tests.callbacks.boring import Classifier, fitted, loader, trainer
@@ -152,6 +155,8 @@ def test_the_layout_holds_a_section_per_group_of_layers(shown: Shown) -> None:
             "cosine",
             "saturated share",
             "step exponent (log2)",
+            "width of weights [bits]",
+            "width of results [bits]",
             "mismatch rate (integers against fake-quant)",
         ]
         for chart in section.chart:
@@ -179,7 +184,7 @@ def test_the_run_is_a_row_of_hparams(shown: Shown) -> None:
         content[metadata.SESSION_START_INFO_TAG].plugin_data.content
     )
     assert start.hparams["platform"].string_value == "venusa"
-    assert start.hparams["bits (weight/input/output)"].string_value == "8/8/8"
+    assert start.hparams["planned bits (weight/input/output)"].string_value == "8/8/8"
     assert start.hparams["stages"].string_value == "fuse_bn, normalize, quantize"
     experiment = metadata.parse_experiment_plugin_data(
         content[metadata.EXPERIMENT_TAG].plugin_data.content
@@ -189,6 +194,77 @@ def test_the_run_is_a_row_of_hparams(shown: Shown) -> None:
     # Integers are those of the last epoch, and so is their accuracy.
     (integer,) = shown.scalars("metric/integer").values()
     assert integer == list(shown.scalars("metric/QAT").values())[-1]
+
+
+@pytest.fixture(scope="module")
+def narrowed(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """A run with other widths in its last epoch, and an own width for one layer."""
+    folder = tmp_path_factory.mktemp("narrowed")
+    logger = TensorBoardLogger(folder, name="", version="run")
+    errors, integers = QuantErrorCallback(), IntegerValidatorCallback()
+    stages = [
+        FuseBNCallback(),
+        QuantizeCallback(at_epoch=1, overrides={"stem": {"weight_bits": 6}}),
+        ProgressiveBitsCallback({2: {"weight_bits": 4, "output_bits": 7}}),
+    ]
+    pl.seed_everything(3, verbose=False)
+    model = Classifier(dropout=0.0)
+    run = trainer(folder, [*stages, errors, integers], epochs=3, logger=logger)
+    run.fit(model, loader(), loader(1, shuffle=False))
+    events = read_events(Path(logger.log_dir))
+    return Shown(Path(logger.log_dir), model.eval(), errors, integers, events)
+
+
+def test_charts_show_the_widths_in_force(narrowed: Shown) -> None:
+    assert narrowed.scalars("weight_bits/conv/conv2d/0") == {6: 8, 9: 4}
+    assert narrowed.scalars("weight_bits/stem/conv2d/0") == {6: 6, 9: 6}
+    assert narrowed.scalars("output_bits/stem/conv2d/0") == {6: 8, 9: 7}
+    sizes = {"stem": 8 * 9, "conv": 8 * 8 * 9, "fc": 8 * 4}
+    late = (6 * sizes["stem"] + 4 * sizes["conv"] + 4 * sizes["fc"]) / sum(sizes.values())
+    assert narrowed.scalars("bits/per_weight")[9] == pytest.approx(late)
+    experiment = metadata.parse_experiment_plugin_data(
+        narrowed.events.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content
+    )
+    assert "bits/per_weight" in [metric.name.tag for metric in experiment.metric_infos]
+    graph = GraphDef.FromString(narrowed.events.Graph().SerializeToString())
+    (fc,) = (node for node in graph.node if node.name == "fc/linear")
+    assert fc.attr["bits (weight/input/output)"].s == b"4/8/7"
+
+
+def test_the_run_log_holds_the_widths_in_force(narrowed: Shown) -> None:
+    record = read_run(narrowed.folder)
+    assert [(switch.epoch, switch.step) for switch in record.widths] == [(0, 0), (2, 6)]
+    assert record.widths_of("conv/conv2d/0") == [(0, "8/8/8"), (6, "4/8/7")]
+    assert record.layer("stem/conv2d/0").bits == "6/8/7"
+    assert record.layer("conv/conv2d/0").output_bits == 7
+    spans = [(span.start, span.end, span.label) for span in labelled_spans(record, "quantize")]
+    assert spans == [(3, 6, "6-8/8/8"), (6, 9, "4-6/8/7-8")]
+
+
+def test_widths_that_are_only_tried_out_are_not_shown(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    callbacks = [QuantizeCallback(), SensitivityCallback(at_epoch=1), QuantErrorCallback()]
+    run = trainer(tmp_path, callbacks, epochs=2, logger=logger)
+    run.fit(Classifier(), loader(), loader(1, shuffle=False))
+    assert len(read_run(Path(logger.log_dir)).widths) == 1
+
+
+def test_a_resumed_run_shows_its_widths(tmp_path: Path) -> None:
+    def fit(version: str, epochs: int) -> Path:
+        schedule = ProgressiveBitsCallback({0: 8, 1: 4})
+        logger = CSVLogger(tmp_path, name="", version=version)
+        callbacks = [QuantizeCallback(), schedule, QuantErrorCallback()]
+        run = trainer(tmp_path, callbacks, epochs=epochs, logger=logger)
+        ckpt = str(tmp_path / "stopped.ckpt") if version == "resumed" else None
+        run.fit(Classifier(), loader(), loader(1, shuffle=False), ckpt_path=ckpt)
+        if version == "stopped":
+            run.save_checkpoint(tmp_path / "stopped.ckpt")
+        return Path(logger.log_dir)
+
+    fit("stopped", 2)
+    record = read_run(fit("resumed", 3))
+    assert record.layer("conv/conv2d/0").bits == "4/4/4"
+    assert [switch.step for switch in record.widths] == [6]
 
 
 def test_the_worst_layers_are_a_table_with_advice(shown: Shown) -> None:

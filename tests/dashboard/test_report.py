@@ -12,7 +12,7 @@ import pytest
 from lightning_linger.analysis.sensitivity import SensitivityRow, read_sensitivities
 from lightning_linger.cli import main
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.dashboard.records import RunRecord
+from lightning_linger.dashboard.records import RunRecord, WidthSwitch
 from lightning_linger.dashboard.report import report_html
 from lightning_linger.dashboard.run_log import FILE_NAME, RunLog
 from lightning_linger.dashboard.sensitivity import MeasuredSensitivities, suggest_bits
@@ -69,6 +69,17 @@ def test_the_page_holds_the_values_of_the_run() -> None:
     assert data["figures"]["isolated"]["data"][0]["z"][1] == [8.0, 8.0]
     assert data["metrics"]["QAT"]["val_accuracy"] == "0.8000"
     assert data["suggestion"] == {STEM: 8, FC: 4}
+
+
+def test_the_page_holds_the_widths_in_force_and_those_before() -> None:
+    record = a_run()
+    for step, bits in ((0, "8/8/8"), (30, "4/8/8")):
+        record.switch_widths(
+            WidthSwitch(step // 10, step, {x.site: bits for x in record.layers}, {})
+        )
+    row = data_of(report_html(record))["layers"][0]
+    assert row["bits"] == "4/8/8"
+    assert row["widths"] == [[0, "8/8/8"], [30, "4/8/8"]]
 
 
 def test_every_chart_is_one_that_plotly_accepts() -> None:

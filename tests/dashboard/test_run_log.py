@@ -3,15 +3,22 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.dashboard.records import EpochRecord, RunRecord, StageSwitch
+from lightning_linger.dashboard.charts import stage_timeline
+from lightning_linger.dashboard.records import EpochRecord, RunRecord, StageSwitch, WidthSwitch
 from lightning_linger.dashboard.run_log import FILE_NAME, RunLog, read_run
-from lightning_linger.dashboard.timeline import stage_spans
-from tests.dashboard.runs import STEM, run
+from lightning_linger.dashboard.timeline import (
+    Span,
+    labelled_spans,
+    stage_spans,
+    widths_label,
+)
+from tests.dashboard.runs import STEM, layers, run
 
 
 def write(record: RunRecord, folder: Path, resumed: bool = False) -> Path:
@@ -104,6 +111,39 @@ def test_the_spans_of_a_stage() -> None:
     record.switches.append(StageSwitch(3, 30, ("fuse_bn",)))
     assert stage_spans(record, "quantize") == [(20, 30)]
     assert stage_spans(RunRecord(), "quantize") == []
+
+
+def narrower(step: int) -> WidthSwitch:
+    bits = {layer.site: re.sub("^8", "4", layer.bits) for layer in layers()}
+    return WidthSwitch(step // 10, step, bits, {layer.site: 8 for layer in layers()})
+
+
+def test_quantization_is_divided_where_widths_change(tmp_path: Path) -> None:
+    record = run()
+    record.switch_widths(WidthSwitch(0, 0, {x.site: x.bits for x in record.layers}, {}))
+    record.switch_widths(narrower(30))
+    assert labelled_spans(record, "quantize") == [Span(20, 30, "8/8/8"), Span(30, 40, "4/8/8")]
+    assert labelled_spans(record, "fuse_bn") == [Span(10, 40)]
+    assert labelled_spans(run(), "quantize") == [Span(20, 40)]
+    chart = stage_timeline(record)["data"][-3]
+    assert chart["text"] == ["8/8/8", "4/8/8"]
+    assert chart["customdata"][1] == "steps 30 to 40, 4/8/8 bits (weight/input/output)"
+
+
+def test_widths_that_a_resumed_run_repeats_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "linger.jsonl"
+    log = RunLog(path)
+    log.run(run())
+    for step in (10, 30, 30):
+        log.widths(narrower(step))
+    log.widths(WidthSwitch(2, 20, {x.site: x.bits for x in layers()}, {}))
+    assert [switch.step for switch in read_run(path).widths] == [10, 20]
+
+
+def test_widths_of_layers_in_one() -> None:
+    assert widths_label(["8/8/8", "8/8/8"]) == "8/8/8"
+    assert widths_label(["2/8/8", "-/8/float", "8/8/7"]) == "2-8/8/7-8"
+    assert widths_label(["-/8/float"]) == "-/8/float"
 
 
 def test_what_a_run_knows_of_its_layers() -> None:

@@ -132,6 +132,10 @@
       sites.forEach((other, i) => line.append(i ? ", " : "", link(other)));
       links.append(line, element("br"));
     }
+    if (layer.widths.length > 1) {
+      const steps = layer.widths.map(([step, bits]) => (bits || "float") + " from step " + step);
+      links.append(element("span", "bits (weight/input/output): " + steps.join(", ")), element("br"));
+    }
     showTable();
     draw("detail-history", historyChart(layer));
     draw("detail-histogram", layer.histogram);
