@@ -62,6 +62,7 @@ class Statistics(Table[TensorStatistics]):
     """One row per tensor, in the order of the model."""
 
     row_type = TensorStatistics
+    digits = 4
 
     @property
     def flagged(self) -> list[TensorStatistics]:
@@ -76,13 +77,6 @@ class Statistics(Table[TensorStatistics]):
         """
         chosen = set(_matching([row.tensor for row in self], pattern))
         return Statistics([row for row in self if row.tensor in chosen])
-
-    def cells(self) -> list[list[str]]:
-        """Return what the cells say, numbers with four digits."""
-        return [
-            [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in vars(row).values()]
-            for row in self
-        ]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table: as CSV or JSON if the name ends so, else as text.

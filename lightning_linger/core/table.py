@@ -17,6 +17,8 @@ class Table(Generic[Row]):
     """
 
     row_type: ClassVar[Any]
+    # Significant digits of numbers that are not whole; None shows all.
+    digits: ClassVar[int | None] = None
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = list(rows)
@@ -62,7 +64,12 @@ class Table(Generic[Row]):
 
     def cells(self) -> list[list[str]]:
         """Return what the cells say, row by row."""
-        return [[str(getattr(row, title)) for title in self.titles()] for row in self]
+        return [[self._shown(getattr(row, title)) for title in self.titles()] for row in self]
+
+    def _shown(self, cell: Any) -> str:
+        if self.digits is not None and isinstance(cell, float):
+            return f"{cell:.{self.digits}g}"
+        return str(cell)
 
 
 def _justified(column: Sequence[str]) -> list[str]:

@@ -61,10 +61,7 @@ class BiasCorrection(Table[BiasCorrectionRow]):
     """A list of :class:`BiasCorrectionRow` in execution order that prints as a table."""
 
     row_type = BiasCorrectionRow
-
-    def cells(self) -> list[list[str]]:
-        """Return what the cells say, numbers with four digits."""
-        return [[row.site, row.bias, f"{row.error:.4g}", row.why_not] for row in self]
+    digits = 4
 
 
 def correct_bias(

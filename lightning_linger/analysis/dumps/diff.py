@@ -50,6 +50,7 @@ class DumpDifferences(Table[DumpDifference]):
     """The differences in execution order: arguments, what an op calls, its result."""
 
     row_type = DumpDifference
+    digits = 4
 
     @property
     def first(self) -> DumpDifference | None:
@@ -59,13 +60,6 @@ class DumpDifferences(Table[DumpDifference]):
     def ranked(self) -> DumpDifferences:
         """Return them by their largest error, then by their mean error, worst first."""
         return DumpDifferences(sorted(self, key=lambda row: (-row.max_error, -row.mean_error)))
-
-    def cells(self) -> list[list[str]]:
-        """Return what the cells say, errors with four digits."""
-        return [
-            [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in vars(row).values()]
-            for row in self
-        ]
 
 
 def diff_dumps(
