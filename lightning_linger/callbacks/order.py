@@ -74,7 +74,7 @@ def check_order_in_steps(stages: Sequence[Any], steps_per_epoch: float) -> None:
     if math.isinf(steps_per_epoch):
         return
     for early, late in pairwise(stages):
-        first, second = (_first_step(stage.schedule, steps_per_epoch) for stage in (early, late))
+        first, second = (first_step(stage.schedule, steps_per_epoch) for stage in (early, late))
         if first is not None and second is not None and first > second:
             where = f"step {second:.0f} (an epoch has {steps_per_epoch:.0f} steps)"
             raise misconfiguration(_out_of_order(early, late, where))
@@ -178,7 +178,7 @@ def _compared(first: Any, second: Any, steps_per_epoch: float) -> float | None:
         return -1.0 if second.at_epoch == NEVER else 1.0
     if math.isinf(steps_per_epoch):
         return None
-    one, other = (_first_step(schedule, steps_per_epoch) for schedule in (first, second))
+    one, other = (first_step(schedule, steps_per_epoch) for schedule in (first, second))
     return None if one is None or other is None else one - other
 
 
@@ -201,7 +201,8 @@ def _acting(callback: Any) -> str:
     return f"{type(callback).__name__}(at the end)" if _at_end(callback) else _named(callback)
 
 
-def _first_step(schedule: Any, steps_per_epoch: float) -> float | None:
+def first_step(schedule: Any, steps_per_epoch: float) -> float | None:
+    """Return the optimizer step at which a schedule starts; None if a condition decides."""
     if schedule.at_step is not None:
         return float(schedule.at_step)
     return None if schedule.at_epoch is None else schedule.at_epoch * steps_per_epoch

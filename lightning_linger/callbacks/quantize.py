@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from lightning_linger.callbacks._compat import misconfiguration
 from lightning_linger.callbacks.company import follow_in_average
 from lightning_linger.callbacks.optimizers import check_learned_ranges
+from lightning_linger.callbacks.order import epoch_length, first_step
 from lightning_linger.callbacks.schedule import Condition, Schedule
 from lightning_linger.callbacks.stage import StageCallback
 from lightning_linger.core.config import Granularity, QuantConfig, RNNFusion
@@ -123,12 +126,7 @@ class QuantizeCallback(StageCallback):
         self.freeze: Schedule | None = None
         if freeze_at_epoch is not None or freeze_at_step is not None:
             self.freeze = Schedule(freeze_at_epoch, freeze_at_step)
-        if freeze_at_epoch is not None and freeze_at_epoch <= (at_epoch or 0):
-            msg = (
-                f"`freeze_at_epoch` ({freeze_at_epoch}) must come after `at_epoch` "
-                f"({at_epoch or 0}): no range would be seen before it stands still."
-            )
-            raise ConfigError(msg)
+            self._require_ranges()
         self.observe_at_epoch, self.observe_at_step = observe_at_epoch, observe_at_step
         self.observe: Schedule | None = None
         if observe_at_epoch is not None or observe_at_step is not None:
@@ -166,6 +164,16 @@ class QuantizeCallback(StageCallback):
         self.modules = modules
         self.overrides = overrides
 
+    def _require_ranges(self) -> None:
+        for name in ("at_epoch", "at_step"):
+            freeze, start = getattr(self, f"freeze_{name}"), getattr(self.schedule, name) or 0
+            if freeze is not None and freeze <= start:
+                msg = (
+                    f"`freeze_{name}` ({freeze}) must come after `{name}` ({start}): no range "
+                    "would be seen before it stands still."
+                )
+                raise ConfigError(msg)
+
     def _require_delay(self) -> None:
         for name in ("at_epoch", "at_step"):
             first, then = getattr(self, f"observe_{name}"), getattr(self.schedule, name)
@@ -195,6 +203,22 @@ class QuantizeCallback(StageCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the optimizers, which exist now, train learned ranges."""
         check_learned_ranges(trainer, pl_module, late=self.schedule.at_epoch != 0)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check epochs against steps, now that the steps of an epoch are known."""
+        super().on_train_start(trainer, pl_module)
+        length = epoch_length(trainer)
+        if trainer.fast_dev_run or math.isinf(length):
+            return
+        start = first_step(self.schedule, length)
+        freeze = None if self.freeze is None else first_step(self.freeze, length)
+        if start is not None and freeze is not None and freeze <= start:
+            msg = (
+                f"QuantizeCallback freezes ranges at step {freeze:.0f} and starts at step "
+                f"{start:.0f} (an epoch has {length:.0f} steps): no range would be seen before it "
+                "stands still. HINT: freeze later."
+            )
+            raise misconfiguration(msg)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Switch by epoch or condition, and freeze by epoch."""

@@ -173,6 +173,31 @@ def test_one_start_of_freezing() -> None:
         QuantizeCallback(freeze_at_epoch=-1)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"freeze_at_epoch": 1, "at_epoch": 1},
+        {"freeze_at_step": 0},
+        {"freeze_at_step": 4, "at_step": 4},
+    ],
+)
+def test_ranges_are_not_frozen_before_they_are_seen(fields: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="no range would be seen"):
+        QuantizeCallback(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"freeze_at_step": 3, "at_epoch": 1}, {"freeze_at_epoch": 1, "at_step": 3}]
+)
+def test_epochs_are_compared_with_steps_once_they_have_a_length(
+    fields: dict[str, int], tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, [QuantizeCallback(**fields)])
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="freeze later"):
+        run.fit(Classifier(), loader(), loader(2, shuffle=False))
+    assert run.global_step == 0
+
+
 def kinds(changed: list[str]) -> set[str]:
     """Which parts the names of :func:`steps_of` belong to."""
     return {
