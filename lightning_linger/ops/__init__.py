@@ -39,6 +39,7 @@ from lightning_linger.ops import (
     softmax,
     table,
     triangle,
+    unit_length,
 )
 from lightning_linger.ops.kernel import KernelOp, Target
 
@@ -88,6 +89,7 @@ __all__ = [
     "table",
     "tag_of",
     "triangle",
+    "unit_length",
     "unregister",
     "with_tag",
 ]

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_linger.core.config import QuantConfig
-from lightning_linger.core.grid import AFFINE_CODE_BITS
 from lightning_linger.core.integer import integer_op, is_power_of_two, payload_dtype
 from lightning_linger.core.payload import integer_codes, step_of
-from lightning_linger.core.platform import Platform, arithmetic_of, fixed_point_of
+from lightning_linger.core.platform import Platform, arithmetic_of
 from lightning_linger.core.registry import register
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import tag_held_by, tag_of, with_tag
@@ -179,15 +178,6 @@ def _engine_of(platform: str, scales: Sequence[float], bits: Sequence[int]) -> P
     return target if all(map(is_power_of_two, scales)) else None
 
 
-def _fixed_point_of(
-    platform: str, scale_o: float, fixed: float, bits_x: int, bits_o: int
-) -> Platform | None:
-    """Return the target if TFLite's kernel runs: 8-bit codes, here without their zero points."""
-    bits = AFFINE_CODE_BITS
-    engine = fixed_point_of(platform)
-    return engine if scale_o == fixed and bits_x <= bits and bits_o == bits else None
-
-
 def _fraction(scale: float) -> int:
     """Return ``q`` of a step ``2^-q``."""
     return 1 - math.frexp(scale)[1]
@@ -211,7 +201,7 @@ def _softmax(
     rounding: str,
     platform: str,
 ) -> Tensor:
-    fixed = _fixed_point_of(platform, scale_o, 2.0**-8, bits_x, bits_o)
+    fixed = tflite_curves.narrow_engine("softmax", platform, scale_o, bits_x, bits_o)
     if fixed is not None:
         function = tflite.softmax_in_float if fixed.curves == "tflite_float" else tflite.softmax
         found = function(x.movedim(dim, -1), scale_x).long() - tflite.LOW
@@ -320,7 +310,7 @@ def integer_log_softmax(
     ``round(-(distance * scale_x + log(sum)) / scale_o)``, within ``(n + 1) * 2^-31 + 1.3e-7`` of
     the real function before the last rounding.
     """
-    if _fixed_point_of(platform, scale_o, 2.0**-4, bits_x, bits_o) is not None:
+    if tflite_curves.narrow_engine("log_softmax", platform, scale_o, bits_x, bits_o) is not None:
         found = tflite.log_softmax(x.movedim(dim, -1), scale_x).long() - tflite.HIGH
         codes = found.clamp_(low, high).movedim(-1, dim).contiguous()
         return codes.to(payload_dtype(bits_o))

@@ -469,32 +469,25 @@ def _taps(source: int, target: int, align_corners: bool) -> tuple[list[int], lis
 def l2_normalization(x: Tensor, zero_point: int) -> Tensor:
     """Return int8 codes divided by their norm over the last axis, at scale 1/128, zero point 0."""
     centered = x.long() - zero_point
-    rows = centered.reshape(-1, centered.shape[-1])
-    found = [_inverse_root(int(row.square().sum())) for row in rows]
-    codes = [
-        multiply_by_quantized_multiplier(row, m, shift + 7)
-        for row, (m, shift) in zip(rows, found, strict=True)
-    ]
-    return _codes(torch.stack(codes).reshape(x.shape))
+    m, shift = _inverse_roots(centered.square().sum(-1, keepdim=True))
+    return _codes(multiply_by_quantized_multiplier(centered, m, shift + 7))
 
 
-def _inverse_root(square: int) -> tuple[int, int]:
-    """Return ``1 / sqrt(square)`` as a multiplier and a shift."""
-    if square <= 1:
-        return MAX, 0
-    places = 11
-    while square >= 2**29:
-        square, places = square // 4, places + 1
-    pairs = (32 - square.bit_length() - 1) // 2 - 1
-    places -= pairs
-    number = torch.tensor(square << (2 * pairs)) >> 1
-    half = rounding_divide_by_power_of_two(number, 1)
-    x = torch.tensor(2**28)
+def _inverse_roots(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``1 / sqrt(square)`` of whole numbers as multipliers and shifts."""
+    number, places = squares.clamp(min=2), torch.full_like(squares, 11)
+    while bool((large := number >= 2**29).any()):
+        number, places = torch.where(large, number >> 2, number), places + large.long()
+    pairs = (_leading_zeros(number) - 1) // 2 - 1
+    places = places - pairs
+    half = rounding_divide_by_power_of_two((number << (2 * pairs)) >> 1, 1)
+    x = torch.full_like(number, 2**28)
     for _ in range(5):
         cube = rescale(_mul(_mul(x, x), x), 9, 3)
         x = rescale(_mul(x, 2**28 + 2**27) - _mul(half, cube), 6, 3)
-    m = int(_mul(x, _ROOT_OF_HALF))
-    return (m << -places, 0) if places < 0 else (m, -places)
+    m = _mul(x, _ROOT_OF_HALF) << (-places).clamp(min=0)
+    is_one = squares <= 1
+    return torch.where(is_one, MAX, m), torch.where(is_one, 0, (-places).clamp(max=0))
 
 
 def hard_swish(x: Tensor, scales: tuple[float, float], zero_points: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_linger.core.config import QuantConfig
 from lightning_linger.core.fixed_point import FixedPointRounding
 from lightning_linger.core.grid import AFFINE_CODE_BITS
-from lightning_linger.core.platform import Platform
+from lightning_linger.core.platform import Platform, fixed_point_of
 from lightning_linger.core.rounding import half_away
 from lightning_linger.ops import tflite
 from lightning_linger.ops.table import Tabulation
@@ -27,29 +27,50 @@ _FIRST_AND_UNIT: dict[str, tuple[float, float]] = {
     "sigmoid": (0.0, 1.0),
     "softmax": (0.0, 1.0),
     "tanh": (-1.0, 2.0),
+    "normalize": (-1.0, 2.0),
     "log_softmax": (-16.0, 16.0),
 }
 WIDE = 16
+# Those without a kernel of 16 bits.
+_NARROW = ("log_softmax", "normalize")
 
 
-def fixed_range(
-    kind: str, config: QuantConfig, platform: Platform
-) -> float | tuple[float, float] | None:
+def fixed_range(kind: str, config: QuantConfig, platform: Platform) -> tuple[float, float] | None:
     """Return the range of a function whose output parameters TFLite fixes, None for others.
 
-    Of 8 bits: scale 1/256 and zero point -128 for a sigmoid and a softmax, 1/128 and 0 for tanh,
-    1/16 and 127 for a log-softmax. Of 16 bits: 1/32768, symmetric.
+    Of 8 bits: scale 1/256 and zero point -128 for a sigmoid and a softmax, 1/128 and 0 for tanh
+    and an L2 normalization, 1/16 and 127 for a log-softmax. Of 16 bits: 1/32768, symmetric, but
+    for the last two, which have no such kernel.
     """
     bits = config.output_bits
     if not platform.fixed_point or kind not in _FIRST_AND_UNIT or bits is None or bits > WIDE:
         return None
     if bits > 8:
-        return None if kind == "log_softmax" else 1.0 - 2.0 ** (1 - bits)
+        limit = 1.0 - 2.0 ** (1 - bits)
+        return None if kind in _NARROW else (-limit, limit)
     first, unit = _FIRST_AND_UNIT[kind]
     step = unit / 2**bits
     if kind == "log_softmax":
         return first + step, 0.0
     return first, first + unit - step
+
+
+def narrow_engine(
+    kind: str, platform: str, scale_o: float, bits_x: int, bits_o: int
+) -> Platform | None:
+    """Return the target that an integer op names if it has a kernel of a function of this kind.
+
+    Kernels take codes of 8 bits, here without their zero points, and their results are on the grid
+    that :func:`fixed_range` asks for.
+    """
+    engine = fixed_point_of(platform)
+    narrow = bits_x <= AFFINE_CODE_BITS and bits_o == AFFINE_CODE_BITS
+    return engine if narrow and scale_o == _fixed_step(kind) else None
+
+
+def _fixed_step(kind: str) -> float:
+    _, unit = _FIRST_AND_UNIT[kind]
+    return unit * 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,6 @@ _REAL: dict[str, Callable[..., Tensor]] = {
 }
 # Those that desktop builds take from tables of floats.
 _IN_FLOAT = ("sigmoid", "tanh")
-_FIXED_STEPS = {"sigmoid": 2.0**-8, "tanh": 2.0**-7}
 
 
 def kernel_of(
@@ -114,7 +134,7 @@ def kernel_of(
     if platform is None or not platform.fixed_point or kind not in _REAL:
         return None
     narrow = asked.bits_x <= asked.entry_bits and asked.bits_o == AFFINE_CODE_BITS
-    if not narrow or asked.step_o != _FIXED_STEPS.get(kind, asked.step_o):
+    if not narrow or (kind in _FIRST_AND_UNIT and asked.step_o != _fixed_step(kind)):
         return None
     return TFLiteKernel(
         kind, numbers, platform.curves == "tflite_float", platform.multiplier_rounding

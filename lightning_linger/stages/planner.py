@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,6 +244,8 @@ class Planner:
         config, platform = site.config, site.platform
         assert config is not None  # the plan has just set both
         assert platform is not None
+        if isinstance(known_range, tuple):  # the engine fixes whether there is a zero point, too
+            config = dataclasses.replace(config, symmetry=None)
         scale = config.scale or platform.scale
         rounding = rounding_of(config, platform)
         # A range that is known, like a sigmoid's, comes with the step of its function.

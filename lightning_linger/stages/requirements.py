@@ -68,7 +68,7 @@ def require_supported(site: Site, call: Any, config: QuantConfig, platform: Plat
 
 
 def require_free_range(site: Site, known: Any, platform: Platform, fields: Fields) -> None:
-    """Refuse a range for a result whose scale and zero point the engine fixes.
+    """Refuse another range, or form of it, for a result whose grid the engine fixes.
 
     Args:
         site: The site.
@@ -77,14 +77,18 @@ def require_free_range(site: Site, known: Any, platform: Platform, fields: Field
         fields: What overrides and marks say of the site.
 
     Raises:
-        ConfigError: If they name a range, and the engine fixes it.
+        ConfigError: If they name a range or another symmetry, and the engine fixes it.
     """
-    if isinstance(known, tuple) and fields is not None and "range" in fields:
-        msg = (
-            f"`{site.key}`: platform {platform.name!r} fixes the scale and the zero point of "
-            f"{site.op.kind} (its range is {known}). Leave `range` out of its overrides."
-        )
-        raise ConfigError(msg)
+    if not isinstance(known, tuple) or fields is None:
+        return
+    allowed = {"range": (), "symmetry": (None, platform.symmetry)}
+    for name, values in allowed.items():
+        if name in fields and fields[name] not in values:
+            msg = (
+                f"`{site.key}`: platform {platform.name!r} fixes the scale and the zero point of "
+                f"{site.op.kind} (its range is {known}). Leave `{name}` out of its overrides."
+            )
+            raise ConfigError(msg)
 
 
 def _refuse_groups(site: Site, config: QuantConfig, scale: str) -> None:

@@ -124,7 +124,12 @@ def _vector(builder: Builder, call: Call, name: str) -> ir.Value:
     return builder.constant(np.ascontiguousarray(value.const_value.numpy().reshape(-1)), name)
 
 
-TABLE: dict[str, Translation] = {"layer_norm": _layer_norm}
+def _normalize(builder: Builder, call: Call) -> ir.Value:
+    remedy = "Take it outside the model"
+    refuse_because(call, "normalize", "the engine has no kernel for it", remedy)
+
+
+TABLE: dict[str, Translation] = {"layer_norm": _layer_norm, "normalize": _normalize}
 
 SCHEMAS: list[OpSchema] = [
     schema_of(

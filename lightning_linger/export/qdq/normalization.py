@@ -1,4 +1,4 @@
-"""Layer, group, instance and RMS norm: integer sums, one root and one quotient in float64."""
+"""Norms of layers and of vectors: integer sums, one root and one quotient in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_linger.export.dialect import shape_of
 from lightning_linger.export.qdq.exact import DOUBLE, INT64, Steps
 from lightning_linger.export.qdq.writer import Write, Writer, array_of
 from lightning_linger.ops.normalization import FRACTION, epsilon_of_sums
+from lightning_linger.ops.unit_length import shortest
 
 
 def _layer_norm(w: Writer) -> ir.Value:
@@ -42,4 +43,20 @@ def _layer_norm(w: Writer) -> ir.Value:
     return w.reshape(result, shape_of(call.result), "shape")
 
 
-TABLE: dict[str, Write] = {"layer_norm": _layer_norm}
+def _normalize(w: Writer) -> ir.Value:
+    s, call = Steps(w), w.call
+    codes = s.codes(call.x, INT64)
+    squares = s.add("square", "Mul", [codes, codes])
+    sums = s.cast("sums", s.reduce("sum", "ReduceSum", squares, [call.dim]), DOUBLE)
+    norm = s.add("norm", "Sqrt", [sums])
+    least = s.number("shortest", shortest(call.eps, call.scale_x))
+    divisor = s.add(
+        "divisor",
+        "Mul",
+        [s.add("length", "Max", [norm, least]), s.number("scale_o", call.scale_o)],
+    )
+    real = s.add("quotient", "Div", [s.cast("numerator", codes, DOUBLE), divisor])
+    return s.rounded(real, call.bits_o, call.low, call.high)
+
+
+TABLE: dict[str, Write] = {"layer_norm": _layer_norm, "normalize": _normalize}

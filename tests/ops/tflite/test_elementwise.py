@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_linger as linger
-from lightning_linger import ConfigError, QuantConfig
+from lightning_linger import ConfigError, QuantConfig, UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.ops import tflite
 from lightning_linger.ops.table import Tabulation
@@ -324,6 +324,7 @@ FIXED = {
     "tanh": (torch.tanh, 1 / 128, 0),
     "softmax": (lambda x: torch.softmax(x, 1), 1 / 256, -128),
     "log_softmax": (lambda x: torch.log_softmax(x, 1), 1 / 16, 127),
+    "normalize": (lambda x: F.normalize(x, dim=1), 1 / 128, 0),
 }
 
 
@@ -337,30 +338,78 @@ def test_output_parameters_are_fixed_and_the_kernel_is_the_engines(kind: str) ->
     if kind in ("sigmoid", "tanh"):
         kernel = tflite.logistic if kind == "sigmoid" else tflite.tanh
         expected = kernel(stored, q.scale, q.zero)
+    elif kind == "normalize":
+        expected = tflite.l2_normalization(stored.movedim(1, -1), q.zero).movedim(-1, 1)
     else:
         kernel = getattr(tflite, kind)
         expected = kernel(stored.movedim(1, -1), q.scale).movedim(-1, 1)
     assert_equal(out.codes, expected.numpy().astype(np.int64))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, id=f"row73-{k}") for k in ("sigmoid", "tanh")])
+SIXTEEN_BITS = {"activation_bits": 16, "output_bits": 16}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, id=f"row73-{k}") for k in ("sigmoid", "tanh", "softmax")]
+)
 def test_output_parameters_of_sixteen_bits(kind: str) -> None:
-    ran = convs(FIXED[kind][0], activation_bits=16, output_bits=16)[kind]
+    ran = convs(FIXED[kind][0], **SIXTEEN_BITS)[kind]
     assert (ran.result.scale, ran.result.zero, ran.result.bits) == (1 / 32768, 0, 16)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, id=f"row73-{k}") for k in FIXED])
-def test_nobody_changes_fixed_parameters(kind: str) -> None:
+def test_settings_of_all_layers_leave_fixed_parameters(kind: str) -> None:
+    function, scale, zero = FIXED[kind]
+    fields = {"range": 2.0, "symmetry": "symmetric", "data_scale": 3.0}
+    ran = convs(function, **fields)
+    (q,), out = ran[kind].operands, ran[kind].result
+    assert (q.zero, out.scale, out.zero) == (0, scale, zero)
+    assert ran[kind].site.output.grid.affine
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "fields"),
+    [
+        *(
+            pytest.param(kind, {name: value}, {}, id=f"row73-{kind}-{name}")
+            for kind in FIXED
+            for name, value in (("range", 2.0), ("symmetry", "symmetric"))
+        ),
+        *(
+            pytest.param(kind, {"range": 2.0}, SIXTEEN_BITS, id=f"row73-{kind}-of-16-bits")
+            for kind in ("sigmoid", "tanh", "softmax")
+        ),
+    ],
+)
+def test_nobody_changes_fixed_parameters(
+    kind: str, given: dict[str, Any], fields: dict[str, Any]
+) -> None:
     x = torch.randn(2, 4, 8, 8)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return FIXED[kind][0](self.conv(x))
 
     model = linger.prepare(Lambda(forward, conv=nn.Conv2d(4, 4, 3)), (x,))
-    with pytest.raises(ConfigError, match=rf"/{kind}/0.*fixes the scale and the zero point"):
+    with pytest.raises(
+        ConfigError, match=rf"/{kind}/0.*fixes the scale and the zero point.*{next(iter(given))}"
+    ):
         linger.quantize(
-            model, QuantConfig(platform="tflite"), overrides={f"type:{kind}": {"range": 2.0}}
+            model, QuantConfig(platform="tflite", **fields), overrides={f"type:{kind}": given}
         )
+
+
+def test_row73_an_eps_that_shows_is_another_function() -> None:
+    x = torch.randn(2, 4, 8, 8)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.normalize(self.conv(x), eps=self.eps)
+
+    strict = QuantConfig(platform="tflite", strict_platform=True)
+    model = linger.prepare(Lambda(forward, conv=nn.Conv2d(4, 4, 3), eps=1e-12), (x,))
+    assert not linger.check(linger.quantize(model, strict), "tflite")
+    model = linger.prepare(Lambda(forward, conv=nn.Conv2d(4, 4, 3), eps=0.1), (x,))
+    with pytest.raises(UnsupportedError, match=r"/normalize/0.*Use eps=1e-12"):
+        linger.quantize(model, strict)
 
 
 def test_hard_swish_is_the_engines() -> None:
