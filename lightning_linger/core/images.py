@@ -67,6 +67,12 @@ class FirstConv:
         mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (self.mean, self.std))
         return mean, std
 
+    @property
+    def reach(self) -> float:
+        """The largest magnitude of a normalized pixel."""
+        ends = zip(self.mean, self.std, strict=True)
+        return max(max(mean, 1.0 - mean) / std for mean, std in ends)
+
     def normalized(self, x: Tensor) -> Tensor:
         """Return the normalized image in float32.
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from lightning_linger.platforms.rules import Limits, Never, Rule, setting_rules
+from lightning_linger.platforms.rules import (
+    CONVOLUTIONS,
+    Limits,
+    Never,
+    OneOf,
+    Rule,
+    setting_rules,
+)
 from lightning_linger.platforms.tflite import VARIANTS
 
 _RULES = (
+    Rule(
+        "weight_bits",
+        (*CONVOLUTIONS, "linear"),
+        "weight_bits",
+        OneOf((8,)),
+        "weights have up to {allowed} bits",
+        "use weight_bits=8",
+        evidence="sources",
+    ),
     Rule(
         "unsupported_op",
         ("unsupported",),

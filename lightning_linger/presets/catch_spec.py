@@ -37,6 +37,11 @@ def calibration_of(
         if not isinstance(given, Mapping | None):
             msg = f"`{name}` is a dictionary. Found: {given!r}."
             raise ConfigError(msg)
+    if isinstance(mapping, str) or not isinstance(mapping, Mapping | Sequence | None):
+        msg = (
+            f"`mapping` is a list of types, or a dictionary with them as keys. Found: {mapping!r}."
+        )
+        raise ConfigError(msg)
     scheme = dict(qconfig_spec or {})
     for key in scheme:
         if key not in KEYS:

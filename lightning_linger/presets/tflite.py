@@ -30,6 +30,9 @@ def tflite_config(
     if variant not in VARIANTS:
         msg = f"`variant` must be one of {tuple(VARIANTS)}. Found: {variant!r}."
         raise ConfigError(msg)
+    if not isinstance(int16_activations, bool):
+        msg = f"`int16_activations` is True or False. Found: {int16_activations!r}."
+        raise ConfigError(msg)
     bits = 16 if int16_activations else 8
     scheme = {"platform": VARIANTS[variant], "activation_bits": bits, "output_bits": bits}
     return QuantConfig().override({**scheme, **fields})

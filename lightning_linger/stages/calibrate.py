@@ -64,10 +64,10 @@ def calibrate(
         The model or its copy, in the mode it had.
 
     Raises:
-        ConfigError: If an argument is wrong, the loader is empty, or the model cannot be copied. A
-            plain model is then as it was.
+        ConfigError: If an argument is wrong, the loader is empty, the model takes no raw images and
+            gets some, or it cannot be copied. A plain model is then as it was.
     """
-    _check_arguments(config, firstconv, batches)
+    _check_arguments(model, loader, config, firstconv, batches)
     if not inplace:
         model = _copy_of(model)
     given = iter(loader)
@@ -84,6 +84,7 @@ def calibrate(
         if firstconv is not None:
             take_raw_images(model, firstconv)
             _require_quantized(raw_site(model))
+            _warn_of_pixels(first, firstconv)
     except BaseException:
         if plain:
             strip(model)
@@ -170,7 +171,35 @@ def _report_skipped(model: nn.Module) -> None:
         )
 
 
-def _check_arguments(config: Any, firstconv: Any, batches: Any) -> None:
+def _warn_of_pixels(batch: Any, firstconv: FirstConv) -> None:
+    """Say so if images of real numbers look like pixels from 0 to 255."""
+    args, kwargs = _inputs_of(batch)
+    images = [
+        x
+        for x in (*args, *kwargs.values())
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 and x.numel()
+    ]
+    reach = max((float(x.detach().abs().max()) for x in images), default=0.0)
+    if reach > 2.0 * firstconv.reach:
+        warnings.warn(
+            f"`firstconv`: a batch of real numbers reaches {reach:.4g}; normalized images reach "
+            f"{firstconv.reach:.4g}. Real numbers are taken as normalized already: pass raw images "
+            "as uint8 tensors.",
+            QuantizationWarning,
+            stacklevel=3,
+        )
+
+
+def _check_arguments(model: Any, loader: Any, config: Any, firstconv: Any, batches: Any) -> None:
+    if not isinstance(model, nn.Module):
+        msg = f"`model` is a torch.nn.Module. Found: {type(model).__name__}."
+        raise ConfigError(msg)
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        msg = (
+            "`loader` gives batches: a DataLoader, a list, or a generator; [x] for a single batch "
+            f"x. Found: {type(loader).__name__}."
+        )
+        raise ConfigError(msg)
     if not isinstance(config, QuantConfig | None):
         msg = (
             "`config` is a linger.QuantConfig, or what linger.preset(...) returns. Found: "
@@ -202,7 +231,16 @@ def _prepare(model: nn.Module, batch: Any, firstconv: FirstConv | None) -> None:
         # In float the model takes normalized images alone.
         args = tuple(_normalized(x, firstconv) for x in args)
         kwargs = {name: _normalized(x, firstconv) for name, x in kwargs.items()}
-    prepare(model, args, kwargs)
+    try:
+        prepare(model, args, kwargs)
+    except RuntimeError as error:
+        if not any(isinstance(x, Tensor) and is_raw(x) for x in (*args, *kwargs.values())):
+            raise
+        msg = (
+            f"{type(model).__name__} takes no uint8 tensors ({error}). Pass normalized images, or "
+            "`firstconv`, with which it takes raw ones."
+        )
+        raise ConfigError(msg) from error
 
 
 def _normalized(x: Any, firstconv: FirstConv) -> Any:

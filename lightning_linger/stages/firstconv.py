@@ -86,11 +86,11 @@ def _first_convolution(model: nn.Module, run: Run, firstconv: FirstConv) -> Node
     if node is None:
         msg = f"`firstconv`: {type(model).__name__} runs no two-dimensional convolution."
         raise UnsupportedError(msg)
-    weight = node.inputs[1].shape
-    if weight[1] != len(firstconv.mean) or node.inputs[0].shape[-3] != weight[1]:
+    channels = node.inputs[0].shape[-3]
+    if channels != len(firstconv.mean):
         msg = (
             f"`firstconv`: mean and std are of {len(firstconv.mean)} channels, `{node.key}` at "
-            f"{node.location} reads {node.inputs[0].shape[-3]} with a weight of {weight[1]}."
+            f"{node.location} reads {channels}."
         )
         raise UnsupportedError(msg)
     producers = {spec.value: producer for producer in run.nodes for spec in producer.outputs}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.sites import Site
 from lightning_linger.core.table import Table
 from lightning_linger.ops.weighted import WeightedOp
 from lightning_linger.stages.selection import CHOICES
@@ -44,7 +45,8 @@ def skipped_layers(model: nn.Module) -> SkippedLayers:
         model: A prepared model.
 
     Returns:
-        Calls that are not quantized, then modules that were never called.
+        Calls that are not quantized, then modules that were never called, unless a quantized
+        function reads their weight.
     """
     sites = [site for site in instrumentation_of(model).sites if isinstance(site.op, WeightedOp)]
     rows = [
@@ -60,6 +62,22 @@ def skipped_layers(model: nn.Module) -> SkippedLayers:
     called = {site.node.owner for site in sites}
     for path, module in model.named_modules():
         if isinstance(module, LAYERS) and path not in called:
+            reader = _reader(model, path, module.weight)
+            if reader is not None and reader.quantized:
+                continue
             why = "the example inputs did not reach it"
-            rows.append(SkippedLayer(path, type(module).__name__, why, chosen=False))
+            if reader is not None:
+                why = f"part of `{reader.key}`: {reader.why_float}"
+            chosen = reader is not None and (reader.why_float or "").startswith(CHOICES)
+            rows.append(SkippedLayer(path, type(module).__name__, why, chosen))
     return SkippedLayers(rows)
+
+
+def _reader(model: nn.Module, path: str, weight: Tensor) -> Site | None:
+    """Find the call of the module around a layer that reads its weight (attention does so)."""
+    owner = path.rpartition(".")[0]
+    for site in instrumentation_of(model).sites:
+        read = [spec.shape for spec in site.node.inputs if spec.constant]
+        if path and site.node.owner == owner and tuple(weight.shape) in read:
+            return site
+    return None

@@ -616,6 +616,7 @@ EDGES: list[Edge] = [
     Edge("other_platform", PLAIN, PLAIN, ("onnxruntime",), EIGHT, {"platform": "arcs"}),
     Edge("other_platform", PLAIN, PLAIN, ("mlu",), {"output_bits": None}, {"platform": "arcs"}),
     # TFLite
+    Edge("weight_bits", PLAIN, PLAIN, TFLITE, {"weight_bits": 4}, {"weight_bits": 9}),
     Edge("unsupported_op", behind_linear(F.gelu), behind_linear(F.mish), TFLITE),
     Edge("unsupported_op", behind_linear(F.relu6), behind_linear(lambda a: a / a.relu()), TFLITE),
     Edge("unsupported_op", behind_linear(lambda a: a - a.relu()), behind_linear(F.silu), TFLITE),

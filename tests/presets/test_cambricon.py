@@ -121,6 +121,8 @@ def test_row42_a_mapping(mapping: Any) -> None:
         ({"qconfig_spec": {"method": "kl"}}, "`method`"),
         ({"qconfig_spec": {"dtype": "int8"}}, "no key 'dtype'"),
         ({"dtype": "qint8"}, "`dtype`"),
+        ({"mapping": 3}, "`mapping` is a list of types"),
+        ({"mapping": "Conv2d"}, "`mapping` is a list of types"),
         ({"mixed_layer": ["fc"]}, "`mixed_layer` is a dictionary"),
         ({"mixed_layer": {"fc": "int4"}}, "`mixed_layer` must be one of .*'float16'"),
     ],

@@ -147,6 +147,8 @@ def test_nics_fix_fields() -> None:
         ("nics", {}, "unknown preset 'nics'.*Similar: 'nics_fix'"),
         ("linger", {"mode": "QMax"}, "`mode` must be one of.*QValue.*Found: 'QMax'"),
         ("linger", {"weight_bit": 4}, "no field 'weight_bit'. Similar: 'weight_bits'"),
+        ("tflite", {"int16_activations": "yes"}, "`int16_activations` is True or False"),
+        ("tflite", {"variant": "xnnpack"}, "`variant` must be one of.*Found: 'xnnpack'"),
         ("nics_fix", {"range_method": 4}, "`range_method` must be one of.*Found: 4"),
         ("nics_fix", {"range_method": True}, "`range_method` must be one of.*Found: True"),
         ("nics_fix", {"bitwidth": 1}, "`bitwidth` must be an integer from 2 to 16. Found: 1"),

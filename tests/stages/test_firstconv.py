@@ -1,5 +1,6 @@
 """Models that take raw images: the result is that of normalized ones, bit for bit."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,41 @@ def test_row40_as_many_channels_as_the_convolution_reads() -> None:
         linger.UnsupportedError, match=r"of 1 channels, `early/conv2d/0` .* reads 3"
     ):
         linger.calibrate(net(), [by_hand(raw_images(), IMAGENET)], config(), firstconv=GREY)
+
+
+def test_row40_a_convolution_of_each_channel() -> None:
+    raw = raw_images()
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 3, groups=3, padding=1)
+    expected = conv(by_hand(raw, IMAGENET))
+    model = linger.calibrate(conv, [raw], config(), firstconv=IMAGENET)
+    assert torch.equal(run(model, raw), run(model, by_hand(raw, IMAGENET)))
+    assert torch.allclose(run(model, raw), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("platform", ["mlu", "tflite"])
+def test_row40_raw_images_need_firstconv(platform: str) -> None:
+    model = net()
+    fields = {"output_bits": None} if platform == "mlu" else {}
+    with pytest.raises(linger.ConfigError, match=r"takes no uint8 tensors.*`firstconv`"):
+        linger.calibrate(model, [raw_images()], linger.QuantConfig(platform=platform, **fields))
+    assert not is_prepared(model)
+
+
+def test_row40_pixels_as_real_numbers_are_noticed() -> None:
+    raw = raw_images()
+    assert IMAGENET.reach == pytest.approx(float(by_hand(raw_ends(), IMAGENET).abs().max()))
+    for wrong in (raw.float(), {"x": raw.double().float()}):
+        with pytest.warns(linger.QuantizationWarning, match=r"reaches 255; .*as uint8 tensors"):
+            linger.calibrate(net(), [wrong], config(), firstconv=IMAGENET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linger.calibrate(net(), [by_hand(raw, IMAGENET)], config(), firstconv=IMAGENET)
+        linger.calibrate(net(), [raw], config(), firstconv=IMAGENET)
+
+
+def raw_ends() -> Tensor:
+    return torch.tensor([0, 255], dtype=torch.uint8).expand(1, 3, 1, 2)
 
 
 def test_row40_the_convolution_has_to_be_quantized() -> None:

@@ -157,10 +157,10 @@ def test_row37_batches_beyond_the_limit(sized: bool, caplog: pytest.LogCaptureFi
 
 
 def test_row37_all_batches_by_default(caplog: pytest.LogCaptureFixture) -> None:
-    for limit in (None, 4):
+    for limit in ({}, {"batches": None}, {"batches": 4}):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "lightning_linger"):
-            model = linger.calibrate(net(), data(4), config(), batches=limit)
+            model = linger.calibrate(net(), data(4), config(), **limit)
         quantizer: Any = site_of(model, KEYS[0]).inputs["0"]
         assert quantizer.estimator.batches == 4
         assert not caplog.records
@@ -196,6 +196,8 @@ def test_row38_row44_one_scale_per_output_channel(layer: nn.Module, shape: tuple
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        pytest.param({"loader": None}, r"`loader` gives batches.* Found: NoneType", id="loader"),
+        pytest.param({"loader": data()[0]}, r"\[x\] for a single batch", id="tensor"),
         pytest.param({"config": {"dtype": "int8"}}, "`config` is a linger.QuantConfig", id="spec"),
         pytest.param({"batches": 0}, "`batches` must be a positive integer", id="no-batches"),
         pytest.param({"batches": 1.5}, "`batches` must be a positive integer", id="half-batches"),
@@ -208,8 +210,13 @@ def test_row38_row44_one_scale_per_output_channel(layer: nn.Module, shape: tuple
 def test_row39_wrong_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
     model = net()
     with pytest.raises(linger.ConfigError, match=named):
-        linger.calibrate(model, data(), **{"config": config(), **arguments})
+        linger.calibrate(model, **{"loader": data(), "config": config(), **arguments})
     assert not is_prepared(model)
+
+
+def test_row39_a_model_is_a_module() -> None:
+    with pytest.raises(linger.ConfigError, match=r"`model` is a torch.nn.Module. Found: str"):
+        linger.calibrate("net", data(), config())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "1", True])
@@ -276,6 +283,35 @@ def test_row43_skipped_layers_are_listed() -> None:
     assert rows["net.1/conv2d/0"].chosen
     assert rows["spare"].why == "the example inputs did not reach it"
     assert "OwnConv" in str(linger.skipped_layers(model))
+
+
+class Attending(nn.Module):
+    """Attention reads the weight of its projection, which is a module, without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_row43_the_projection_of_attention() -> None:
+    x = torch.randn(2, 5, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # on this platform it is quantized
+        model = linger.calibrate(Attending(), [x], linger.QuantConfig(platform="venusa"))
+    assert not linger.skipped_layers(model)
+    why = "part of `attention/multi_head_attention_forward/0`: platform 'mlu' quantizes layers only"
+    with pytest.warns(linger.QuantizationWarning, match="`attention.out_proj`"):
+        model = linger.calibrate(Attending(), [x], config())
+    (row,) = linger.skipped_layers(model)
+    assert (row.layer, row.why, row.chosen) == ("attention.out_proj", why, False)
+    model = linger.calibrate(Attending(), [x], config(), overrides={"attention": None})
+    (row,) = linger.skipped_layers(model)
+    assert row.chosen
 
 
 def test_only_layers_are_quantized() -> None:

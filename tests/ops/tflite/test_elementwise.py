@@ -66,6 +66,17 @@ def test_sums(kind: str, sign: int, platform: str, single: bool) -> None:
     assert_equal(ran.result.codes, clipped(ran, expected))
 
 
+@pytest.mark.parametrize("sign", [pytest.param(s, id=f"row71-{s:+d}") for s in (1, -1)])
+def test_ratios_of_scales_are_of_the_right_precision(sign: int) -> None:
+    """On results so large that the last bits of a multiplier show."""
+    scales = tuple(float(np.float32(scale)) for scale in (0.0123, 0.0457, 2e-7))
+    a, b = (np.arange(-255, 256, 5) * factor for factor in (1, -1))
+    found = tflite.centred_sum(torch.from_numpy(a), torch.from_numpy(b), sign, scales)
+    assert np.array_equal(found.numpy(), oracle.added(a, b, sign, scales))
+    # The other precision gives others: the oracle's sign chooses it.
+    assert not np.array_equal(found.numpy(), oracle.added(a, -b, -sign, scales))
+
+
 def test_row80_a_sum_of_sixteen_bits_shifts_by_fifteen() -> None:
     ran = convs(torch.add, 2, activation_bits=16, output_bits=16)["add"]
     a, b = ran.operands
@@ -221,6 +232,14 @@ KEEPERS: dict[str, Callable[[Tensor], Tensor]] = {
     "amax": lambda x: x.amax(3),
     "relu": lambda x: F.relu(F.max_pool2d(x, 2)),
     "topk": lambda x: x.topk(3).values,
+    "amin": lambda x: x.amin(3),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2.0),
+    "mirror_pad": lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect"),
+    "split": lambda x: x.split(2, 1)[1],
+    "gather": lambda x: x.gather(3, torch.zeros(2, 4, 3, 3, dtype=torch.long)),
+    "depth_to_space": lambda x: F.pixel_shuffle(x, 2),
+    "strided_slice": lambda x: x[:, :, ::2, 1:],
+    "unstack": lambda x: x.unbind(1)[1],
 }
 
 
@@ -254,6 +273,16 @@ def test_row75_a_padded_number_is_the_nearest_code() -> None:
     (q,) = ran.operands
     code = q.zero + round(0.25 / q.scale)
     assert_equal(ran.result.codes, np.pad(q.codes, ((0, 0),) * 3 + ((1, 1),), constant_values=code))
+
+
+def test_row71_a_relu6_of_its_own_clamps_codes() -> None:
+    ran = convs(lambda x: F.relu6(F.max_pool2d(x * 9.0, 2)))["relu6"]
+    (q,) = ran.operands
+    assert (q.scale, q.zero) == (ran.result.scale, ran.result.zero)
+    six = q.zero + int(np.floor(np.float32(6.0) / np.float32(q.scale) + 0.5))
+    assert q.codes.min() < q.zero
+    assert q.codes.max() > six
+    assert_equal(ran.result.codes, np.clip(q.codes, q.zero, six))
 
 
 @pytest.mark.parametrize("join", [torch.cat, torch.stack])

@@ -265,6 +265,18 @@ def test_row69_weights_are_narrow_and_biases_have_the_scale_of_the_sum() -> None
     assert np.abs(bias - wanted).max() <= 0.5 + 1e-3
 
 
+@pytest.mark.parametrize("weight_range", [0.1, "99%", "lsq"])
+def test_row69_weights_beyond_their_range_stay_narrow(weight_range: object) -> None:
+    x = image()
+    layer = nn.Conv2d(4, 6, 3)
+    layer.weight.data[:, 0, 0, 0] = -9.0
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), layer)
+    ran = calls(quantized(model, x, weight_range=weight_range), x)["conv2d"]
+    weight, _, _ = prepared(ran.site)
+    assert (weight[:, 0, 0, 0] == -127).all()
+    assert weight.min() == -127
+
+
 def test_row69_a_large_bias_widens_the_weight() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3) * 1e-3
