@@ -13,8 +13,10 @@ import lightning_linger as linger
 from lightning_linger import ConfigError, QuantConfig, UnsupportedError
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.ops import tflite
+from lightning_linger.ops.softmax import integer_softmax
 from lightning_linger.ops.table import Tabulation
-from lightning_linger.ops.tflite_curves import TFLiteKernel
+from lightning_linger.ops.tflite_curves import kernel_of
+from lightning_linger.platforms import platform_of
 from tests.models import Lambda, train
 from tests.ops.tflite import oracle
 from tests.ops.tflite.flows import Ran, calls, quantized
@@ -463,27 +465,45 @@ def test_a_build_with_tables_of_floats(kind: str) -> None:
     assert_equal(ran.result.codes, np.clip(place + zero, -128, 127).astype(np.int64))
 
 
-def test_row76_tables_of_floats_are_not_the_fixed_point_kernels() -> None:
-    codes = torch.arange(-256, 256)
-    differ = 0
-    for kind, step in (("sigmoid", 2.0**-8), ("tanh", 2.0**-7)):
-        for scale in np.linspace(0.002, 0.12, 30, dtype=np.float32):
-            asked = Tabulation(float(scale), 9, step, 9, -255, 255, "half_away", entry_bits=9)
-            tables = [
-                TFLiteKernel(kind, (), in_float, "double").entries(codes, asked).clamp(-128, 255)
-                for in_float in (False, True)
-            ]
-            error = (tables[0] - tables[1]).abs().max()
-            assert error <= 1
-            differ += int(error)
-    assert differ
+# Steps at which a code of the two kinds of tables differs.
+TELLING = {
+    "sigmoid": (0.00923975, 0.0341854, 0.03603467, 0.07215472, 0.07573525),
+    "tanh": (0.02065022,),
+}
 
 
-def test_row76_a_softmax_of_floats_is_near_the_real_one() -> None:
-    ran = convs(FIXED["softmax"][0], platform="tflite_float_tables")["softmax"]
-    (q,) = ran.operands
-    real = torch.softmax(torch.from_numpy(q.centred).double() * q.scale, 1).numpy() * 256
-    assert np.abs(ran.result.centred - real).max() <= 0.501
+@pytest.mark.parametrize("kind", [pytest.param(k, id=f"row76-{k}") for k in TELLING])
+def test_tables_of_floats_are_not_the_fixed_point_kernels(kind: str) -> None:
+    _, step, zero = FIXED[kind]
+    low, high = -128 - zero, 127 - zero
+    codes, differing = torch.arange(-255, 256), 0
+    for scale in TELLING[kind]:
+        asked = Tabulation(
+            float(np.float32(scale)), 9, step, 9, low, high, "half_away", entry_bits=9
+        )
+        tables = []
+        for platform in ("tflite", "tflite_float_tables"):
+            kernel = kernel_of(kind, (), platform_of(platform), asked)
+            assert kernel is not None
+            assert kernel.in_float is (platform == "tflite_float_tables")
+            tables.append(kernel.entries(codes, asked).clamp(low, high))
+        differing += int((tables[0] != tables[1]).sum())
+        assert (tables[0] - tables[1]).abs().max() <= 1
+    assert 1 <= differing <= 2 * len(TELLING[kind])
+
+
+def test_row76_a_softmax_of_floats() -> None:
+    torch.manual_seed(0)
+    rows, scale = torch.randint(-128, 128, (20000, 4), dtype=torch.int16), float(np.float32(0.02))
+    kernels = {"tflite": tflite.softmax, "tflite_float_tables": tflite.softmax_in_float}
+    found = {}
+    for platform, kernel in kernels.items():
+        codes = integer_softmax(rows, 1, scale, 9, 1 / 256, 9, 0, 255, "half_away", platform)
+        found[platform] = codes.long()
+        assert torch.equal(found[platform], kernel(rows, scale).long() + 128)
+        real = torch.softmax(rows.double() * scale, 1) * 256
+        assert (found[platform] - real.clamp(max=255)).abs().max() <= 0.501
+    assert (found["tflite"] != found["tflite_float_tables"]).any()
 
 
 @pytest.mark.parametrize(
