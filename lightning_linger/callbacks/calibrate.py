@@ -18,7 +18,7 @@ from lightning_linger.core.grid import ScaleKind, Symmetry
 from lightning_linger.core.images import FirstConv
 from lightning_linger.core.rounding import Rounding
 from lightning_linger.stages.calibrate import learning_ranges, settle
-from lightning_linger.stages.firstconv import take_raw_images
+from lightning_linger.stages.firstconv import require_quantized_images, take_raw_images
 from lightning_linger.stages.prepare import check_example
 
 
@@ -105,7 +105,7 @@ class CalibrateCallback(QuantizeCallback):
             msg = f"`batches` must be a positive integer. Found: {batches!r}."
             raise ConfigError(msg)
         self.batches = batches
-        self.firstconv = firstconv
+        self.firstconv = None if firstconv is None else FirstConv.parse(firstconv)
         self.schedule.at_epoch = NEVER
 
     def plan(self, module: Any) -> None:
@@ -113,6 +113,7 @@ class CalibrateCallback(QuantizeCallback):
         super().plan(module)
         if self.firstconv is not None:
             take_raw_images(module, self.firstconv)
+            require_quantized_images(module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse early what could not be calibrated late."""

@@ -20,7 +20,7 @@ from lightning_linger.core.errors import ConfigError, QuantizationWarning
 from lightning_linger.core.instrumentation import instrumentation_of, is_prepared
 from lightning_linger.export.dialects import dialect_of
 from lightning_linger.export.engines import can_run, engine_of
-from lightning_linger.export.exporter import export_onnx
+from lightning_linger.export.exporter import export_onnx, require_dialect
 from lightning_linger.export.part import as_root
 from lightning_linger.simulate.integer import integer
 
@@ -115,6 +115,12 @@ class ONNXExportCallback(Callback):
                 "exports at the end of fit."
             )
             raise misconfiguration(msg)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse early what is planned for a target that does not read the file."""
+        if is_prepared(pl_module):
+            sites = [site for site in instrumentation_of(pl_module).sites if site.quantized]
+            require_dialect(sites, dialect_of(self.dialect))
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

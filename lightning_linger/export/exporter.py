@@ -123,8 +123,7 @@ def export_onnx(
 
     with _in_evaluation(model, instrumentation):
         _require_ready(instrumentation, sites)
-        _refuse_without_dialect(sites)
-        chosen.check(sites)
+        require_dialect(sites, chosen)
         exported = open_axes(build, sizes) if sizes else build({})
     remove_unused(exported.graph)
     write_model(exported, target, external_data)
@@ -132,8 +131,16 @@ def export_onnx(
     return target
 
 
-def _refuse_without_dialect(sites: Sequence[Site]) -> None:
-    """Refuse targets that no ONNX file is made for."""
+def require_dialect(sites: Sequence[Site], dialect: Dialect) -> None:
+    """Refuse targets that do not read a dialect, and those that no ONNX file is made for.
+
+    Args:
+        sites: Quantized ones; their ranges need not be known.
+        dialect: The dialect.
+
+    Raises:
+        UnsupportedError: Names the site.
+    """
     for site in sites:
         if site.platform is not None and not site.platform.dialect:
             msg = (
@@ -143,6 +150,7 @@ def _refuse_without_dialect(sites: Sequence[Site]) -> None:
                 "for 'onnxruntime' and export with dialect='qdq'."
             )
             raise UnsupportedError(msg)
+    dialect.check(sites)
 
 
 def _chosen_names(what: str, chosen: Sequence[str] | None, own: list[str]) -> list[str]:

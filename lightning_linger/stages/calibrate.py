@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -20,12 +21,12 @@ from lightning_linger.core.logs import logger
 from lightning_linger.core.modes import kept_modes
 from lightning_linger.core.progress import with_progress
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.sites import Site
-from lightning_linger.stages.firstconv import raw_site, take_raw_images
+from lightning_linger.core.recipe import plain_data
+from lightning_linger.stages.firstconv import require_quantized_images, take_raw_images
 from lightning_linger.stages.journal import log_sites
 from lightning_linger.stages.prepare import check_example, prepare, strip
 from lightning_linger.stages.quantize import quantize
-from lightning_linger.stages.selection import Fields
+from lightning_linger.stages.selection import QUANT_MARK, Fields, Selection
 from lightning_linger.stages.skipped import skipped_layers
 
 _NOTHING = object()
@@ -50,7 +51,8 @@ def calibrate(
             is not quantized yet, it is, with ``config``.
         loader: Batches: a tensor, a tuple or list whose first entry is the input, or a mapping of
             keyword inputs.
-        config: Used if the model is not quantized yet, e.g. ``linger.preset("cambricon")``.
+        config: How to quantize, e.g. ``linger.preset("cambricon")``. A model that is quantized
+            already keeps its settings, and others than these are an error.
         types: Allow-list of module types or op kinds; used with ``config``, as are
         modules: globs on dotted paths, and
         overrides: fields per glob or ``type:Name``, or None to leave a layer in float.
@@ -81,9 +83,11 @@ def calibrate(
             _prepare(model, first, firstconv)
         if not instrumentation_of(model).switches.quantize:
             quantize(model, config, types, modules, overrides)
+        else:
+            _refuse_other_plan(model, config, Selection(types, modules, overrides, QUANT_MARK))
         if firstconv is not None:
             take_raw_images(model, firstconv)
-            _require_quantized(raw_site(model))
+            require_quantized_images(model)
             _warn_of_pixels(first, firstconv)
     except BaseException:
         if plain:
@@ -149,15 +153,6 @@ def settle(model: nn.Module) -> None:
                 )
 
 
-def _require_quantized(raw: Site | None) -> None:
-    if raw is not None and not raw.quantized:
-        msg = (
-            f"`firstconv`: `{raw.key}` has to be quantized to take raw images, and stays float: "
-            f"{raw.why_float}."
-        )
-        raise ConfigError(msg)
-
-
 def _report_skipped(model: nn.Module) -> None:
     skipped = [row for row in skipped_layers(model) if not row.chosen]
     if skipped:
@@ -169,6 +164,22 @@ def _report_skipped(model: nn.Module) -> None:
             QuantizationWarning,
             stacklevel=3,
         )
+
+
+def _refuse_other_plan(model: nn.Module, config: QuantConfig | None, selection: Selection) -> None:
+    """Refuse settings that differ from those a model is quantized with."""
+    given = {name: value for name, value in selection.describe().items() if value}
+    if config is not None:
+        given |= dataclasses.asdict(config)
+    planned = instrumentation_of(model).plans["quantize"]
+    other = [name for name, value in plain_data(given).items() if planned.get(name) != value]
+    if other:
+        msg = (
+            f"{type(model).__name__} is quantized already, with other settings than these: "
+            f"{', '.join(other)}. Calibrate it without settings, or call `linger.quantize` with "
+            "them first."
+        )
+        raise ConfigError(msg)
 
 
 def _warn_of_pixels(batch: Any, firstconv: FirstConv) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from lightning_linger.core.errors import UnsupportedError
+from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.graph import Node, Run
 from lightning_linger.core.images import FirstConv
 from lightning_linger.core.instrumentation import instrumentation_of
@@ -52,6 +52,21 @@ def raw_site(model: nn.Module) -> Site | None:
     """Return the site of the convolution that takes raw images, None if there is none."""
     sites = instrumentation_of(model).sites
     return next((site for site in sites if site.firstconv is not None), None)
+
+
+def require_quantized_images(model: nn.Module) -> None:
+    """Refuse a convolution that takes raw images and stays float.
+
+    Raises:
+        ConfigError: Names it.
+    """
+    raw = raw_site(model)
+    if raw is not None and not raw.quantized:
+        msg = (
+            f"`firstconv`: `{raw.key}` has to be quantized to take raw images, and stays float: "
+            f"{raw.why_float}."
+        )
+        raise ConfigError(msg)
 
 
 def code_differences(model: nn.Module) -> int:

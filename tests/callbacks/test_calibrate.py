@@ -119,6 +119,27 @@ def test_the_range_is_the_presets_unless_it_is_given() -> None:
         CalibrateCallback(preset="cambricon", range="mse")
 
 
+@pytest.mark.parametrize(
+    ("firstconv", "named"),
+    [
+        ({"mean": [0.5]}, "needs both mean and std"),
+        ({"mean": [0.5], "std": [0.0]}, r"std must be in \(0, 1\]"),
+        (0.5, "needs both mean and std"),
+    ],
+)
+def test_row40_wrong_images_are_named_at_once(firstconv: Any, named: str) -> None:
+    with pytest.raises(linger.ConfigError, match=named):
+        CalibrateCallback(preset="cambricon", firstconv=firstconv)
+    spec = {"mean": [0.4], "std": [0.25]}
+    assert CalibrateCallback(preset="cambricon", firstconv=spec).firstconv == FIRSTCONV
+
+
+def test_row40_the_convolution_has_to_be_quantized(tmp_path: Path) -> None:
+    callback = CalibrateCallback(preset="cambricon", firstconv=FIRSTCONV, overrides={"stem": None})
+    with pytest.raises(linger.ConfigError, match="`stem/conv2d/0` has to be quantized"):
+        trainer(tmp_path, [callback], epochs=1).fit(Classifier(), loader())
+
+
 class TwoLoaders(Classifier):
     """Reads two loaders side by side."""
 

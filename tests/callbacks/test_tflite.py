@@ -12,6 +12,7 @@ import lightning_linger as linger
 from lightning_linger.callbacks import (
     FuseBNCallback,
     IntegerValidatorCallback,
+    ONNXExportCallback,
     QuantizeCallback,
 )
 from lightning_linger.core.instrumentation import instrumentation_of
@@ -77,6 +78,18 @@ def test_evaluation_and_integers_agree_in_validation(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, QuantizeCallback(platform="tflite"), IntegerValidatorCallback())
     assert trainer.callback_metrics["integer/mismatches"] == 0
     assert trainer.callback_metrics["integer/output_mismatch_rate"] == 0
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    ranges = Ranges()
+    with pytest.raises(linger.UnsupportedError, match="no ONNX operator rounds"):
+        fit(
+            tmp_path,
+            QuantizeCallback(platform="tflite"),
+            ONNXExportCallback(tmp_path / "model.onnx", dialect="qdq"),
+            ranges,
+        )
+    assert ranges.seen == []
 
 
 def test_row79_the_stack_trains_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,25 @@ def test_row39_there_are_no_zero_points() -> None:
         linger.calibrate(net(), data(), config(symmetry="affine"))
 
 
+def test_row39_a_quantized_model_keeps_its_settings() -> None:
+    """A second calibration with others would ignore them."""
+    model = linger.calibrate(net(), data(), config(), overrides={"fc": WIDE})
+    for given in (
+        {"config": config(**WIDE)},
+        {"overrides": {"late": WIDE}},
+        {"types": ["conv2d"]},
+        {"modules": ["early"]},
+    ):
+        name = "weight_bits, activation_bits" if "config" in given else next(iter(given))
+        with pytest.raises(linger.ConfigError, match=f"Net is quantized already.*: {name}. "):
+            linger.calibrate(model, data(), **given)
+    before = step_in(model, "fc/linear/0")
+    larger = [10 * x for x in data()]
+    for given in ({}, {"config": config(), "overrides": {"fc": WIDE}}):
+        linger.calibrate(model, larger, **given)
+    assert step_in(model, "fc/linear/0") > before
+
+
 class OwnConv(nn.Conv2d):
     """A subclass, which CATCH leaves in float without a word."""
 
