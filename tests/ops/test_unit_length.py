@@ -80,6 +80,31 @@ def test_any_dimension(dim: int, platform: str) -> None:
     assert torch.equal(found.long(), expected.long())
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([1], [127]),
+        ([-1, 0, 0], [-128, 0, 0]),
+        ([1, 1], [91, 91]),
+        ([0, 0], [0, 0]),
+        ([-128] * 4, [-64] * 4),
+        ([127] + [0] * 9, [127] + [0] * 9),
+        ([255] * 16384, [1] * 16384),
+    ],
+    ids=["one", "minus-one", "two", "zeros", "lowest", "alone", "many"],
+)
+def test_ends_of_the_fixed_point_kernel(row: list[int], expected: list[int]) -> None:
+    assert l2_normalization(torch.tensor([row]), 0)[0].tolist() == expected
+
+
+def test_the_fixed_point_kernel_is_near_the_real_function() -> None:
+    torch.manual_seed(0)
+    for scale in (1, 3, 30, 128):
+        x = torch.randint(-scale, scale + 1, (500, 7))
+        real = F.normalize(x.double()) * 128
+        assert (l2_normalization(x, 0) - real.clamp(-128, 127)).abs().max() <= 0.501
+
+
 def test_sixteen_bits_are_near_the_real_function() -> None:
     torch.manual_seed(0)
     x = torch.randint(-(2**15), 2**15, (20, 300))

@@ -38,6 +38,13 @@ def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.array_equal(found, expected), f"{(found != expected).sum()} of {found.size} differ"
 
 
+def assert_stand_for(weight: np.ndarray, steps: list[float], real: Tensor, dim: int = 0) -> None:
+    """The codes, each at the step of its output channel, are the layer's weight, rounded."""
+    scales = np.array(steps).reshape([-1 if d == dim else 1 for d in range(weight.ndim)])
+    error = np.abs(weight * scales - real.detach().double().numpy())
+    assert (error <= 0.501 * scales).all()
+
+
 @pytest.mark.parametrize("geometry", [pytest.param(g, id=i) for i, g in CONVOLUTIONS.items()])
 def test_a_convolution(geometry: dict[str, int]) -> None:
     x = image()
@@ -61,6 +68,7 @@ def test_a_convolution(geometry: dict[str, int]) -> None:
     ran = calls(model, x)["conv2d"]
     weight, bias, steps = prepared(ran.site)
     assert len(steps) == geometry["channels"]
+    assert_stand_for(weight, steps, layer.weight)
     size = [(n + 2 * before - dilation * (kernel - 1) - 1) // stride + 1 for n in x.shape[2:]]
     (q,) = ran.operands
     acc = oracle.convolved(
@@ -113,15 +121,37 @@ def test_same_padding(kernel: int, stride: int, size: int) -> None:
 def test_a_transposed_convolution(padding: int) -> None:
     x = image(size=5)
     layer = nn.ConvTranspose2d(4, 5, 3, stride=2, padding=padding, output_padding=padding)
+    layer.weight.data.mul_(torch.tensor([1.0, 0.1, 3.0, 0.5, 2.0]).view(1, 5, 1, 1))
     found = calls(model := quantized(nn.Sequential(nn.Conv2d(4, 4, 1), layer), x), x)
     ran = found["conv_transpose2d"]
     weight, bias, steps = prepared(ran.site)
+    assert_stand_for(weight, steps, layer.weight, dim=1)
     (q,) = ran.operands
     size = model(x).shape[2:]
     acc = oracle.scattered(
         *(q.codes, weight, bias, q.zero, (2, 2), (padding, padding), (size[0], size[1]))
     )
     expected = oracle.requantized(acc, ratios(ran, steps), ran.result.zero, -128, 127)
+    assert_equal(ran.result.codes, expected)
+
+
+def test_row70_a_transposed_convolution_of_groups() -> None:
+    """Each group is a transposed convolution of its own."""
+    x = image(size=5)
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+    layer.weight.data.mul_(torch.tensor([1.0, 0.1, 3.0]).view(1, 3, 1, 1))
+    layer.weight.data[2:].mul_(0.2)
+    ran = calls(quantized(nn.Sequential(nn.Conv2d(4, 4, 1), layer), x), x)["conv_transpose2d"]
+    weight, bias, steps = prepared(ran.site)
+    (q,) = ran.operands
+    acc = []
+    for group in (0, 1):
+        of_x, of_o = slice(2 * group, 2 * group + 2), slice(3 * group, 3 * group + 3)
+        assert_stand_for(weight[of_x], steps[of_o], layer.weight[of_x], dim=1)
+        part = (q.codes[:, of_x], weight[of_x], bias[of_o], q.zero, (2, 2), (0, 0), (11, 11))
+        acc.append(oracle.scattered(*part))
+    found = np.concatenate(acc, 1)
+    expected = oracle.requantized(found, ratios(ran, steps), ran.result.zero, -128, 127)
     assert_equal(ran.result.codes, expected)
 
 
@@ -135,6 +165,7 @@ def test_a_fully_connected_layer(granularity: str) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5))
     ran = calls(quantized(model, x, granularity=granularity), x)["linear"]
     weight, bias, steps = prepared(ran.site)
+    assert_stand_for(weight, steps, model[1].weight)
     (q,) = ran.operands
     acc = (q.codes - q.zero) @ weight.T + bias
     reals = ratios(ran, steps)
