@@ -97,6 +97,14 @@ def test_ends_of_the_fixed_point_kernel(row: list[int], expected: list[int]) -> 
     assert l2_normalization(torch.tensor([row]), 0)[0].tolist() == expected
 
 
+def test_row73_the_engines_kernel_is_not_the_nearest_code() -> None:
+    """Next to a half, 68.50002 here, the two differ."""
+    row = torch.tensor([[203, 140, -176, -196, -117]], dtype=torch.int16)
+    arguments = (1, 1e-12, 0.25, 9, 2.0**-7, 9, -128, 127, "half_away")
+    assert integer_normalize(row, *arguments, "tflite")[0].tolist() == [68, 47, -59, -66, -39]
+    assert integer_normalize(row, *arguments, "venusa")[0].tolist() == [69, 47, -59, -66, -39]
+
+
 def test_the_fixed_point_kernel_is_near_the_real_function() -> None:
     torch.manual_seed(0)
     for scale in (1, 3, 30, 128):
