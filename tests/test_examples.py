@@ -70,6 +70,17 @@ def test_digits_end_to_end(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_digits_for_tflite(examples: Examples, tmp_path: Path) -> None:
+    results = examples.digits.main(tmp_path, epochs=3, platforms=["tflite"])
+    assert set(results) == {"tflite"}
+    assert results["tflite"]["QAT"] == results["tflite"]["integer"] > 0.9
+    assert results["tflite"]["fake_vs_integer"] == 0
+    assert not list(tmp_path.glob("*.onnx"))
+    assert (tmp_path / "digits.tflite.ckpt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("example", "options", "platform"),
     [
