@@ -16,6 +16,7 @@ from lightning_linger.core.instrumentation import Instrumentation, instrumentati
 from lightning_linger.core.logs import logger
 from lightning_linger.core.sites import Site
 from lightning_linger.export.capture import capture
+from lightning_linger.export.dialect import Dialect
 from lightning_linger.export.dialects import dialect_of, variant_of
 from lightning_linger.export.dynamic import DynamicAxes, check_axes, open_axes, resized
 from lightning_linger.export.ends import give_codes, take_codes

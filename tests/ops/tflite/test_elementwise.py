@@ -271,10 +271,16 @@ def test_row75_padding_is_the_zero_point() -> None:
 
 
 def test_row75_a_padded_number_is_the_nearest_code() -> None:
-    ran = convs(lambda x: F.pad(x, (1, 1), value=0.25))["pad"]
-    (q,) = ran.operands
-    code = q.zero + round(0.25 / q.scale)
-    assert_equal(ran.result.codes, np.pad(q.codes, ((0, 0),) * 3 + ((1, 1),), constant_values=code))
+    fractions = set()
+    for value in (0.25, 0.255, -0.26):
+        ran = convs(lambda x, value=value: F.pad(x, (1, 1), value=value))["pad"]
+        (q,) = ran.operands
+        place = value / q.scale
+        code = q.zero + round(place)
+        expected = np.pad(q.codes, ((0, 0),) * 3 + ((1, 1),), constant_values=code)
+        assert_equal(ran.result.codes, expected)
+        fractions.add(round(place) - int(place))
+    assert fractions - {0}, "all of them round as they truncate"
 
 
 def test_row71_a_relu6_of_its_own_clamps_codes() -> None:
