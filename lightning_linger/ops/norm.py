@@ -338,15 +338,18 @@ class BatchNormOp(Op):
         grid = site.weight_grid
         assert grid is not None
         assert site.config is not None
-        absmax = alpha.detach().abs().float()
+        by_channel = site.granularity == "channel"
+        reach = site.weight_reach(
+            alpha.detach().reshape(-1, 1) if by_channel else alpha.detach()[None]
+        )
         finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
         if finest is not None:
-            absmax = torch.maximum(absmax, finest * grid.qmax)
-        step_a = grid.step(absmax if site.granularity == "channel" else absmax.amax())
+            reach = torch.maximum(reach, (finest if by_channel else finest.amax()) * grid.qmax)
+        step_a = grid.step(reach if by_channel else reach[0])
         step_a = torch.as_tensor(site.held("weight", step_a))
         if "weights" not in site.floating:
             limits_a = (grid.qmin, grid.qmax)
-            alpha = on_grid(alpha, step_a, limits_a, grid.rounding, site.holds_weights)
+            alpha = on_grid(alpha, step_a, limits_a, grid.rounding, site.clips_weights)
         if "biases" not in site.floating:
             limits_b = float32_code_limits(site.config.bias_bits)
             beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)

@@ -351,7 +351,7 @@ class NormOp(KernelOp):
             grid = dataclasses.replace(grid, scale_kind="power_of_two")
             absmax = call.input.new_full((), 2.0, dtype=torch.float32)
         else:
-            absmax = weight.detach().abs().amax().float()
+            absmax = site.weight_reach(weight.detach().reshape(1, -1))[0]
         finest = finest_for_bias(bias, 2.0**-FRACTION, config.bias_bits)
         learned = None if weight is None else site.learned_weight
         if learned is not None and weight is not None:
@@ -368,8 +368,7 @@ class NormOp(KernelOp):
                     weight, step, limits_w, grid.rounding, learned, learned.value
                 )
             else:
-                clips = learned is not None or site.holds_weights
-                weight = on_grid(weight, step, limits_w, grid.rounding, clips)
+                weight = on_grid(weight, step, limits_w, grid.rounding, site.clips_weights)
             site.note("weight", call.weight, weight, step)
             weight = site.with_rounded_gradient("weight", weight)
         if bias is not None:

@@ -122,10 +122,10 @@ def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
             value = learned.value
             return learned_on_grid(weight, step, limits, grid.rounding, learned, value), step
         return on_grid(weight, step, limits, grid.rounding, clips=True), step
-    absmax = weight.detach().abs().amax().float()
-    step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
+    reach = site.weight_reach(weight.detach().reshape(1, -1))[0]
+    step = grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
     step = site.held("weight", step)
-    return on_grid(weight, step, limits, grid.rounding, site.holds_weights), step
+    return on_grid(weight, step, limits, grid.rounding, site.clips_weights), step
 
 
 def _prepare(site: Site, weight: Tensor) -> _Slopes:

@@ -148,3 +148,36 @@ def test_free_scales() -> None:
         for _ in range(2):
             step(model, inputs, optimizer)
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in weights.values())
+
+
+FACTORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "batch-norm": (lambda: nn.BatchNorm1d(6), (8, 6)),
+    "layer-norm": (lambda: nn.LayerNorm(6), (8, 6)),
+    "group-norm": (lambda: nn.GroupNorm(2, 6), (8, 6, 5)),
+    "instance-norm": (lambda: nn.InstanceNorm1d(6, affine=True), (8, 6, 5)),
+    "rms-norm": (lambda: nn.RMSNorm(6), (8, 6)),
+    "prelu": (lambda: nn.PReLU(6), (8, 6)),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_have_the_range_that_was_asked_for(name: str) -> None:
+    make, shape = FACTORS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def result(weight_range: str | float) -> Tensor:
+        layer = make().eval()
+        with torch.no_grad():
+            # All but one are within half of the largest.
+            dict(layer.named_parameters())["weight"].copy_(torch.linspace(0.1, 0.4, 6))
+            dict(layer.named_parameters())["weight"][0] = 1.3
+        linger.prepare(layer, (x,))
+        linger.quantize(layer, QuantConfig(weight_bits=5, weight_range=weight_range))
+        linger.calibrate(layer, [x])
+        assert_integer_exact(layer, x)
+        return layer(x)
+
+    largest = result("absmax")
+    assert not torch.equal(result(12.0), largest), "a wide range has a coarse step"
+    assert not torch.equal(result("80%"), largest), "a narrow range clips"
+    torch.testing.assert_close(result(1.3), largest)
