@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,8 +144,8 @@ def _all(
     )
 
 
-def _peers(bits: tuple[int, ...]) -> tuple[Recipe, ...]:
-    return tuple(peer(name, width) for name in PEERS for width in bits)
+def _peers(names: Iterable[str], bits: tuple[int, ...]) -> tuple[Recipe, ...]:
+    return tuple(peer(name, width) for name in names for width in bits)
 
 
 # What matters most comes first, so that a run that is cut short has it.
@@ -154,14 +154,15 @@ PLAN: tuple[Step, ...] = (
     Step(("digits", "sequence"), (FLOAT,)),
     Step(("digits",), _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
     Step(("digits", "sequence"), _all(BOTH, "PTQ", ("absmax", "mse"))),
-    Step(("digits",), _peers(MAIN_BITS)),
+    Step(("digits",), _peers(PEERS, MAIN_BITS)),
     Step(("digits",), _all(("tflite",), "QAT", ("lsq",), MAIN_BITS)),
     Step(("sequence",), _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
     Step(("attention", "kws"), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse")))),
     Step(("attention",), _all(BOTH, "QAT", ("lsq",), MAIN_BITS)),
     Step(("digits",), _all((*BOTH, "tflite"), "QAT", ("lsq",), OTHER_BITS)),
-    Step(("digits",), _peers(OTHER_BITS)),
+    Step(("digits",), _peers(PEERS, OTHER_BITS)),
     Step(("kws",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
+    Step(("kws",), _peers(("torchao",), MAIN_BITS)),
     Step(("sequence",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("digits",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
     Step(("digits",), _all(("nics_fix",), "QAT", ("last_absmax",))),
@@ -173,6 +174,7 @@ PLAN: tuple[Step, ...] = (
     ),
     Step(("sequence",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
     Step(("attention", "kws"), _all(BOTH, "QAT", ("absmax",), (8,))),
+    Step(("kws",), _all(("tflite",), "QAT", ("absmax",), (8,))),
     Step(("digits",), _all(("tflite",), "QAT", ("absmax",))),
     Step(("digits", "kws"), _all(("tflite",), "PTQ", ("absmax",))),
     Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"), (8, 4, 2))),
