@@ -1,6 +1,7 @@
 """Learned rounding: better than to nearest, and the same codes wherever the model runs."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,14 @@ def test_where_learning_does_not_help_nearest_stays() -> None:
     assert before.keys() == after.keys()
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"_linger._extra_state"}
     assert not any(site.frozen for site in instrumentation_of(model).sites)
+
+
+def test_a_strong_regularization_leaves_every_weight_on_its_side() -> None:
+    """It drives a weight to the code it is nearer to, before the outputs can move it across."""
+    x = smooth(16, 2, 8, 8)
+    strong = dataclasses.replace(QUICK, regularization=1e6, warm_start=0.0, sharpness=(2.0, 2.0))
+    assert not any(row.changed for row in linger.adaround(ready(x), [x], strong))
+    assert any(row.changed for row in linger.adaround(ready(x), [x], QUICK))
 
 
 def test_the_relu_behind_a_layer_counts() -> None:
