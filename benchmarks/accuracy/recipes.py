@@ -179,5 +179,5 @@ PLAN: tuple[Step, ...] = (
     Step(("digits", "kws"), _all(("tflite",), "PTQ", ("absmax",))),
     Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"), (8, 4, 2))),
     Step(("attention",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
-    Step(("kws",), _all(BOTH, "QAT", ("lsq",), (2,))),
+    Step(("kws",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
 )
