@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.append(str(EXAMPLES))
 
-# They are found only now.
+# They are found only behind the line above, so they cannot stand at the top (E402).
 import attention  # noqa: E402
 import common  # noqa: E402
 import digits  # noqa: E402

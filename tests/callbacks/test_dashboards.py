@@ -586,7 +586,7 @@ class Counting(Classifier):
         self.seen: list[torch.Tensor] = []
         self.later = torchmetrics.Accuracy("multiclass", num_classes=4)
 
-    def validation_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         logits = self(x)
         self.seen.append(logits)
@@ -639,7 +639,7 @@ def test_validation_is_not_repeated(tmp_path: Path) -> None:
     class Steps(Classifier):
         steps = 0
 
-        def validation_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.steps += 1
             return super().validation_step(batch, batch_idx)
 

@@ -114,7 +114,7 @@ def test_ddp_has_to_expect_ranges_that_start_late() -> None:
 
     class Run:
         strategy = Strategy()
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]  # noqa: RUF012
+        optimizers = (torch.optim.SGD(model.parameters(), lr=0.1),)
 
     Strategy._ddp_kwargs = {}
     with pytest.raises(MisconfigurationException, match="ddp_find_unused_parameters_true"):

@@ -245,6 +245,7 @@ def test_bf16_mixed_precision_trains_on_the_grid(tmp_path: Path) -> None:
 def test_the_unified_namespace_works_too(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
 
+    # `lightning` is imported in the test, so a type checker does not know the class.
     class Unified(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
