@@ -41,6 +41,26 @@ def test_no_choice_is_better(classes: list[list[Option]], budget: int) -> None:
     assert sum(option.loss for option in mine) == best
 
 
+def test_no_choice_is_better_where_greedy_choices_are_wrong() -> None:
+    """Cheap options with little loss are rare here, so that bounds and dominance decide."""
+    for seed in range(60):
+        draw = random.Random(seed)
+        classes = [
+            [Option(draw.randint(0, 20), draw.randint(-20, 20)) for _ in range(4)] for _ in range(5)
+        ]
+        budget = draw.randint(10, 60)
+        losses = [
+            sum(option.loss for option in choice)
+            for choice in itertools.product(*classes)
+            if sum(option.cost for option in choice) <= budget
+        ]
+        found = least_loss(classes, budget)
+        mine = None
+        if found is not None:
+            mine = sum(options[i].loss for options, i in zip(classes, found, strict=True))
+        assert mine == min(losses, default=None), seed
+
+
 def test_many_classes_are_solved_by_bounds() -> None:
     rng = random.Random(0)
     classes = [

@@ -211,6 +211,9 @@ def test_a_second_run_measures_again(tmp_path: Path) -> None:
         trainer(tmp_path, [QuantizeCallback(), callback]).fit(Classifier(), loader(), loader(1))
         tables.append(list(callback.rows))
     assert tables[0] != tables[1]
+    resumed = SensitivityCallback(at_epoch=1)
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.state_dict() == callback.state_dict() == {"measured_at": 1}
 
 
 @pytest.mark.parametrize(
