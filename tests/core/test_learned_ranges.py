@@ -106,6 +106,25 @@ def test_gradients_value_by_value(
         assert ours.learned.value.grad.item() == pytest.approx(3.0 * slope * factor)
 
 
+@pytest.mark.parametrize(
+    ("kind", "symmetry"), [("lsq", "symmetric"), ("lsq", "affine"), ("pact", "symmetric")]
+)
+def test_a_half_range_that_an_optimizer_took_across_zero_goes_on_with_its_size(
+    kind: str, symmetry: str
+) -> None:
+    ours = quantizer(kind, Grid(4, symmetry=symmetry))
+    x, found = torch.randn(400) * 2, {}
+    for value in (2.1, -2.1):
+        ours.learned.value = torch.nn.Parameter(torch.tensor(value))
+        y = ours.round(x, ours.step(), torch.float32)
+        (y * x).sum().backward()
+        found[value] = y, ours.learned.value.grad
+    assert torch.equal(found[2.1][0], found[-2.1][0])
+    assert found[2.1][0].abs().max() > 1
+    assert found[2.1][1] != 0
+    assert torch.equal(found[2.1][1], -found[-2.1][1])
+
+
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_a_parameter_per_channel_has_its_own_gradient(kind: str) -> None:
     grid = Grid(4)
@@ -150,7 +169,8 @@ def test_a_larger_parameter_never_has_a_finer_step(
 ) -> None:
     learned = LearnedScale(kind, Grid(8, scale))
     steps = []
-    for value in sorted((a, b)):
+    # Only the size of a half-range counts; what TQT learns is a logarithm.
+    for value in sorted((a, b), key=None if kind == "tqt" else abs):
         with torch.no_grad():
             learned.value.fill_(value)
         steps.append(float(learned.step()))

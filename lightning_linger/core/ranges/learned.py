@@ -47,6 +47,8 @@ class LearnedKind:
         slopes: ``slopes(v, q, step, low, high)`` returns the derivatives.
         about: What the parameter is, for the documentation.
         normalized: Whether the parameter's gradient is scaled as LSQ asks (section 2.2).
+        either_sign: Whether a parameter and its negative stand for the same step. An optimizer may
+            move a narrow range across zero; if the sign counted, it would have no width then.
     """
 
     start: str
@@ -56,6 +58,7 @@ class LearnedKind:
     slopes: Callable[[Tensor, Tensor, Any, Any, Any], Slopes]
     about: str
     normalized: bool = False
+    either_sign: bool = False
 
 
 def _half_range(half: Tensor, grid: Grid) -> Tensor:
@@ -63,7 +66,7 @@ def _half_range(half: Tensor, grid: Grid) -> Tensor:
 
 
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
-    step = (parameter / grid.qmax).clamp(min=SMALLEST_STEP)
+    step = (parameter.abs() / grid.qmax).clamp(min=SMALLEST_STEP)
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
 
 
@@ -90,7 +93,7 @@ def _tqt_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
 
 
 def _pact_step(parameter: Tensor, grid: Grid) -> Tensor:
-    return grid.step(parameter.clamp(min=SMALLEST_STEP * grid.qmax))
+    return grid.step(parameter.abs().clamp(min=SMALLEST_STEP * grid.qmax))
 
 
 def _pact_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
@@ -110,6 +113,7 @@ LEARNED: dict[str, LearnedKind] = {
         _lsq_slopes,
         "the half-range, `qmax` steps",
         normalized=True,
+        either_sign=True,
     ),
     "tqt": LearnedKind(
         "ema_mse",
@@ -120,7 +124,13 @@ LEARNED: dict[str, LearnedKind] = {
         "log2 of the threshold; the step is a power of two",
     ),
     "pact": LearnedKind(
-        "ema_absmax", None, _half_range, _pact_step, _pact_slopes, "the clipping value"
+        "ema_absmax",
+        None,
+        _half_range,
+        _pact_step,
+        _pact_slopes,
+        "the clipping value",
+        either_sign=True,
     ),
 }
 
@@ -184,6 +194,10 @@ class LearnedScale(nn.Module):
         """Return the step, of the shape of the parameter."""
         return self.kind.step(self.value, self.grid)
 
+    def unsigned(self, parameter: Tensor) -> Tensor:
+        """Return a parameter without its sign where that does not count, with its gradient."""
+        return parameter.abs() if self.kind.either_sign else parameter
+
     def carry(
         self,
         rounded: Tensor,
@@ -207,7 +221,7 @@ class LearnedScale(nn.Module):
             parameter: The parameter in a shape that broadcasts to ``real``, if it has several
                 values.
         """
-        parameter = self.value if parameter is None else parameter
+        parameter = self.unsigned(self.value if parameter is None else parameter)
         own = self.kind.step(parameter.detach(), self.grid)
         coarser = torch.as_tensor(step, device=own.device) > own * (1 + 1e-6)
         scale = 1.0

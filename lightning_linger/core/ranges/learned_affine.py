@@ -77,7 +77,7 @@ class LearnedRange(LearnedScale):
         at_step = torch.as_tensor(step, dtype=torch.float32, device=self.offset.device)
         first = self.grid.qmin - self.zero_point(at_step)
         out: Tensor = _CarryOffset.apply(
-            *(real, self.value, self.offset, rounded.detach(), step, low, high),
+            *(real, self.unsigned(self.value), self.offset, rounded.detach(), step, low, high),
             *(first, first + codes, scales),
         )
         return out
