@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from benchmarks.accuracy.recipes import OUTER_BITS, Recipe
 from benchmarks.accuracy.tasks import BATCH, Labelled, Task
 from benchmarks.accuracy.training import Score, fit, score
+
+# Of `aten.batch_norm`.
+TRAINING_ARGUMENT = 5
 
 
 class Exported(nn.Module):
@@ -81,6 +85,22 @@ def widen_ends(graph: torch.fx.GraphModule, task: Task) -> None:
                 annotation.output_qspec = outer.output_activation
 
 
+class FreezeStatistics(pl.Callback):
+    """Lets the statistics of a graph's batch norms stand still from an epoch on."""
+
+    def __init__(self, epoch: int | None) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch != self.epoch:
+            return
+        graph = pl_module.network.graph
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.batch_norm.default:
+                node.update_arg(TRAINING_ARGUMENT, False)
+        graph.recompile()
+
+
 @functools.cache
 def prepared_graph(task: Task, bits: int) -> nn.Module:
     """Return the graph of a task's network with PT2E's fake quantizers, placed by XNNPACK's."""
@@ -106,7 +126,8 @@ def torchao(
 
     graph = copy.deepcopy(prepared_graph(task, recipe.bits))
     graph.load_state_dict(network.state_dict(), strict=False)
-    learner = fit(Exported(graph), data, seed, task.tuning_epochs, task.tuning_rate)
+    freeze = FreezeStatistics(task.frozen_from)
+    learner = fit(Exported(graph), data, seed, task.tuning_epochs, task.tuning_rate, [freeze])
     graph.apply(disable_observer)
     return score(learner, data[1])
 

@@ -25,7 +25,8 @@ def train_quantized(
 ) -> Score:
     """Fine-tune a copy of a network with quantization on, and measure its integers."""
     network = copy.deepcopy(network)
-    fold = [FuseBNCallback(at_epoch=0)] if has_batch_norm(network) else []
+    folding = FuseBNCallback(at_epoch=0, freeze_at_epoch=task.frozen_from)
+    fold = [folding] if has_batch_norm(network) else []
     quantize = QuantizeCallback(
         at_epoch=0, overrides=recipe.overrides(task, prefix="network."), **recipe.fields
     )

@@ -180,4 +180,7 @@ PLAN: tuple[Step, ...] = (
     Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"), (8, 4, 2))),
     Step(("attention",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("kws",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
+    Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
+    Step(("kws_long",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
+    Step(("kws_long",), _peers(("torchao",), MAIN_BITS)),
 )

@@ -28,7 +28,10 @@ class Key(NamedTuple):
 
 def settings_of(task: Task, recipe: Recipe) -> str:
     """Return a short digest of what a result depends on: a changed setting makes it stale."""
-    numbers = (task.epochs, task.tuning_epochs, task.learning_rate, task.tuning_rate)
+    numbers: tuple[float, ...] = (
+        *(task.epochs, task.tuning_epochs, task.learning_rate, task.tuning_rate),
+        *(() if task.frozen_from is None else (task.frozen_from,)),
+    )
     fields = {name: recipe.fields[name] for name in sorted(recipe.fields)}
     return hashlib.sha256(repr((numbers, fields)).encode()).hexdigest()[:8]
 

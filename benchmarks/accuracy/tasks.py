@@ -43,6 +43,8 @@ class Task:
         learning_rate: Of the training in float.
         tuning_epochs: Of every recipe, float included.
         tuning_rate: The learning rate of every recipe, float included.
+        frozen_from: First epoch of QAT in which the statistics of folded batch norms stand still;
+            None where they never do.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     learning_rate: float
     tuning_epochs: int
     tuning_rate: float
+    frozen_from: int | None = None
 
 
 def halves_of_digits(seed: int) -> tuple[Labelled, Labelled]:
@@ -140,6 +143,19 @@ TASKS: dict[str, Task] = {
             # Short epochs of a network without redundancy: few bits need as much training again.
             tuning_epochs=12,
             tuning_rate=8e-3,
+        ),
+        Task(
+            "kws_long",
+            "the same network, tuned three times as long",
+            lambda: kws.DSCNN(channels=32),
+            spoken_words,
+            last="fc",
+            first="stem",
+            epochs=12,
+            learning_rate=8e-3,
+            tuning_epochs=36,
+            tuning_rate=8e-3,
+            frozen_from=24,
         ),
     )
 }
