@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of
+from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of, verdict
 from benchmarks.accuracy.peers import prepared_graph
 from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import STORED, Results, Summary, behind
@@ -153,6 +153,15 @@ def test_differences_are_taken_seed_by_seed() -> None:
     found = behind({0: 90.0, 1: 80.0, 2: 1.0}, {0: 91.0, 1: 80.0})
     assert found == Summary(-0.5, pytest.approx(0.7071, abs=1e-4), 2)
     assert behind({}, {0: 1.0}) is None
+
+
+def test_a_target_missed_by_less_than_the_standard_error_is_undecided() -> None:
+    def found(*differences: float) -> str:
+        return verdict(Summary.of(differences), -1.0)
+
+    assert found(-0.9, -1.1) == "met"
+    assert found(-0.9, -1.3) == "undecided", "-1.1 with an error of 0.2"
+    assert found(-1.2, -1.3) == "missed"
 
 
 def test_every_recipe_has_a_name_of_its_own() -> None:

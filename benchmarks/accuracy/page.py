@@ -88,6 +88,13 @@ def by_method(results: Results, task: str, seeds: int) -> list[tuple[str, ...]]:
     return [(*key, *(cells.get(bits, "") for bits in BITS)) for key, cells in rows.items()]
 
 
+def verdict(difference: Summary, target: float) -> str:
+    """Say whether a target is met; undecided if it is missed by less than the standard error."""
+    if difference.mean >= target:
+        return "met"
+    return "undecided" if difference.mean + difference.error >= target else "missed"
+
+
 def targets(results: Results) -> str:
     """Return how far behind float each recipe of a target is."""
     rows = []
@@ -99,10 +106,9 @@ def targets(results: Results) -> str:
                     continue
                 difference = behind(results.accuracies(name, recipe), reference)
                 if difference is not None:
-                    verdict = "met" if difference.mean >= -margin else "missed"
                     what = (task.title, recipe.scheme, recipe.method, str(bits))
                     found = cell(difference, len(reference), "+")
-                    rows.append((*what, found, f"{-margin:+.1f}", verdict))
+                    rows.append((*what, found, f"{-margin:+.1f}", verdict(difference, -margin)))
     head = ("task", "scheme", "ranges", "bits", "QAT - float", "target", "")
     return table(head, rows)
 

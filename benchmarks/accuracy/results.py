@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,6 +94,11 @@ class Summary:
         values = list(values)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(statistics.mean(values), deviation, len(values))
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return self.deviation / math.sqrt(self.seeds)
 
 
 def behind(accuracies: Mapping[int, float], reference: Mapping[int, float]) -> Summary | None:

@@ -146,7 +146,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "kws_long",
-            "the same network, tuned three times as long",
+            "depthwise separable CNN, tuned three times as long",
             lambda: kws.DSCNN(channels=32),
             spoken_words,
             last="fc",
