@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of, verdict
-from benchmarks.accuracy.peers import prepared_graph
+from benchmarks.accuracy.peers import Exported, FreezeStatistics, prepared_graph
 from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
-from benchmarks.accuracy.training import Score
+from benchmarks.accuracy.training import Score, fit
 
 TEMPLATE = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES)
 
@@ -147,6 +150,24 @@ def test_torchao_has_the_widths_of_our_recipes() -> None:
     assert {name for name, top in tops.items() if top == 127} == {"x", "mul", "fc_weight", "linear"}
     assert {name for name, top in tops.items() if top == 7} >= {"relu", "mul_1", "mean"}
     assert set(tops.values()) == {7, 127}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_statistics_of_torchao_stand_still_from_the_same_epoch_on() -> None:
+    pytest.importorskip("torchao")
+    task = dataclasses.replace(TASKS["digits"], tuning_epochs=2, frozen_from=1)
+    model = Exported(copy.deepcopy(prepared_graph(task, 8)))
+    kept: list[torch.Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            kept.append(dict(model.graph.named_buffers())["bn.running_mean"].clone())
+
+    callbacks = [FreezeStatistics(task.frozen_from), Watch()]
+    fit(model, task.data(0), 0, task.tuning_epochs, task.tuning_rate, callbacks)
+    assert kept[0].any()
+    assert torch.equal(*kept)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
