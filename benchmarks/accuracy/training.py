@@ -68,7 +68,8 @@ def fit(
     """Train a network in place; the seed says in which order and with which noise."""
     train, test = data
     pl.seed_everything(seed, verbose=False)
-    learner = Learner(network, learning_rate, train[0][:1])
+    # A network that was measured before is in evaluation mode, which Lightning leaves as it is.
+    learner = Learner(network, learning_rate, train[0][:1]).train()
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
