@@ -19,11 +19,10 @@ from benchmarks.accuracy.page import PAGE, page
 from benchmarks.accuracy.peers import PEER_RUNS, why_missing
 from benchmarks.accuracy.quantized import calibrate, train_quantized
 from benchmarks.accuracy.recipes import PEERS, PLAN, Recipe
-from benchmarks.accuracy.results import STORED, Results
+from benchmarks.accuracy.results import SEEDS, STORED, Results
 from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.accuracy.training import Score, quiet, score
 
-SEEDS = 5
 NETWORKS = Path("runs/accuracy")
 
 

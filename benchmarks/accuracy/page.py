@@ -17,7 +17,7 @@ from benchmarks.accuracy.recipes import (
     ours,
     peer,
 )
-from benchmarks.accuracy.results import Results, Summary, behind
+from benchmarks.accuracy.results import SEEDS, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,8 +56,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summary_of(results: Results, task: str, recipe: Recipe) -> Summary | None:
-    """Return mean and deviation of a recipe's accuracies."""
-    accuracies = results.accuracies(task, recipe)
+    """Return mean and deviation of a recipe's accuracies over the seeds that every recipe has."""
+    accuracies = results.accuracies(task, recipe, range(SEEDS))
     return Summary.of(accuracies.values()) if accuracies else None
 
 
@@ -107,26 +107,26 @@ def targets(results: Results) -> str:
                 difference = behind(results.accuracies(name, recipe), reference)
                 if difference is not None:
                     what = (task.title, recipe.scheme, recipe.method, str(bits))
-                    found = cell(difference, len(reference), "+")
-                    rows.append((*what, found, f"{-margin:+.1f}", verdict(difference, -margin)))
-    head = ("task", "scheme", "ranges", "bits", "QAT - float", "target", "")
+                    found = (str(difference.seeds), cell(difference, difference.seeds, "+"))
+                    rows.append((*what, *found, f"{-margin:+.1f}", verdict(difference, -margin)))
+    head = ("task", "scheme", "ranges", "bits", "seeds", "QAT - float", "target", "")
     return table(head, rows)
 
 
 def peers(results: Results) -> str:
     """Return how this library compares with others, seed by seed, on the digits CNN."""
-    seeds = len(results.accuracies("digits", FLOAT))
+    seeds = range(SEEDS)
     rows = []
     for bits in BITS:
         own = [
-            results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits))
+            results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits), seeds)
             for scheme in COMPARED
         ]
-        others = [results.accuracies("digits", peer(name, bits)) for name in PEERS]
+        others = [results.accuracies("digits", peer(name, bits), seeds) for name in PEERS]
         means = [Summary.of(found.values()) if found else None for found in (*own, *others)]
         differences = [behind(own[-1], found) for found in others]
-        cells = [cell(mean, seeds) for mean in means]
-        rows.append((str(bits), *cells, *(cell(found, seeds, "+") for found in differences)))
+        cells = [cell(mean, SEEDS) for mean in means]
+        rows.append((str(bits), *cells, *(cell(found, SEEDS, "+") for found in differences)))
     schemes = [f"`{scheme}`, {LEARNED[0]}" for scheme in COMPARED]
     return table(
         ("bits", *schemes, *PEERS, *(f"`{COMPARED[-1]}` - {name}" for name in PEERS)), rows
