@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ from benchmarks.accuracy.tasks import TASKS
 FIGURE = DOCS / "images" / "accuracy.png"
 # Below, a network is of no use, and how far below does not matter.
 LOWEST = 60.0
+COLUMNS = 3
+TITLE_WIDTH = 34
 
 COLORS = {name: f"C{index}" for index, name in enumerate((*SCHEMES, *PEERS))}
 DASHES = {"PTQ": "--", "QAT": "-", "peer": "-."}
@@ -44,17 +48,22 @@ def draw(results: Results, path: Path) -> None:
 
     shown = {name: summary_of(results, name, FLOAT) for name in TASKS}
     shown = {name: found for name, found in shown.items() if found is not None}
-    columns = max(len(shown), 1)
-    figure, panels = plt.subplots(1, columns, figsize=(4 * columns, 3.6), squeeze=False)
-    for axes, (name, reference) in zip(panels[0], shown.items(), strict=False):
+    columns, rows = min(len(shown), COLUMNS) or 1, math.ceil(len(shown) / COLUMNS) or 1
+    size = (4 * columns, 3.8 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (name, reference) in zip(panels.flat, shown.items(), strict=False):
         axes.axhline(reference.mean, color="0.5", linestyle=":", label="float")
         for line in LINES:
             draw_line(axes, results, line, name)
-        axes.set(title=TASKS[name].title, xlabel="bits", xticks=sorted(BITS))
+        title = textwrap.fill(TASKS[name].title, TITLE_WIDTH)
+        axes.set(title=title, xlabel="bits", xticks=sorted(BITS))
         axes.set_xlim(min(BITS) - 0.3, max(BITS) + 0.3)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST))
         axes.legend(fontsize=7, loc="lower right")
-    panels[0][0].set_ylabel("test accuracy, %")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy, %")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
