@@ -111,7 +111,7 @@ LEARNED: dict[str, LearnedKind] = {
         _half_range,
         _lsq_step,
         _lsq_slopes,
-        "the half-range, `qmax` steps",
+        "the half-range, `qmax` steps; its sign does not count",
         normalized=True,
         either_sign=True,
     ),
@@ -129,7 +129,7 @@ LEARNED: dict[str, LearnedKind] = {
         _half_range,
         _pact_step,
         _pact_slopes,
-        "the clipping value",
+        "the clipping value; its sign does not count",
         either_sign=True,
     ),
 }
