@@ -169,7 +169,7 @@ PLAN: tuple[Step, ...] = (
     Step(("digits",), _all(BOTH, "QAT", ("tqt",))),
     Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
     Step(
-        ("digits", "sequence"),
+        ("digits", "sequence", "attention", "kws"),
         _all(BOTH, "PTQ", ("ema_absmax", "three_sigma", "99.9%", "kl", "l1")),
     ),
     Step(("sequence",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
@@ -177,7 +177,8 @@ PLAN: tuple[Step, ...] = (
     Step(("kws",), _all(("tflite",), "QAT", ("absmax",), (8,))),
     Step(("digits",), _all(("tflite",), "QAT", ("absmax",))),
     Step(("digits", "kws"), _all(("tflite",), "PTQ", ("absmax",))),
-    Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"), (8, 4, 2))),
+    Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"))),
+    Step(("attention",), _all(BOTH, "QAT", ("absmax",), (4, *OTHER_BITS))),
     Step(("attention",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("kws",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
