@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,27 @@ def spoken_words(seed: int) -> tuple[Labelled, Labelled]:
         return part("train"), part("test", "validation")
 
 
+SPOKEN_WORDS = Task(
+    "kws",
+    "depthwise separable CNN on spoken words",
+    lambda: kws.DSCNN(channels=32),
+    spoken_words,
+    last="fc",
+    first="stem",
+    epochs=12,
+    learning_rate=8e-3,
+    # Short epochs of a network without redundancy: few bits need as much training again.
+    tuning_epochs=12,
+    tuning_rate=8e-3,
+)
+SPOKEN_WORDS_LONG = dataclasses.replace(
+    SPOKEN_WORDS,
+    name="kws_long",
+    title="depthwise separable CNN, tuned three times as long",
+    tuning_epochs=36,
+    frozen_from=24,
+)
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -131,31 +153,7 @@ TASKS: dict[str, Task] = {
             tuning_epochs=20,
             tuning_rate=1e-3,
         ),
-        Task(
-            "kws",
-            "depthwise separable CNN on spoken words",
-            lambda: kws.DSCNN(channels=32),
-            spoken_words,
-            last="fc",
-            first="stem",
-            epochs=12,
-            learning_rate=8e-3,
-            # Short epochs of a network without redundancy: few bits need as much training again.
-            tuning_epochs=12,
-            tuning_rate=8e-3,
-        ),
-        Task(
-            "kws_long",
-            "depthwise separable CNN, tuned three times as long",
-            lambda: kws.DSCNN(channels=32),
-            spoken_words,
-            last="fc",
-            first="stem",
-            epochs=12,
-            learning_rate=8e-3,
-            tuning_epochs=36,
-            tuning_rate=8e-3,
-            frozen_from=24,
-        ),
+        SPOKEN_WORDS,
+        SPOKEN_WORDS_LONG,
     )
 }

@@ -86,8 +86,10 @@ def test_a_wider_range_never_has_a_finer_step(bits: int, ends: list[float]) -> N
     assert grid.step_value_of_range(b, c) <= grid.step_value_of_range(a, d)
 
 
-def quantizer(window: Window | None = None, kind: object = "ema_absmax") -> Quantizer:
-    return Quantizer("layer", AFFINE, kind, window)  # type: ignore[arg-type]
+def quantizer(
+    window: Window | None = None, kind: str | float | tuple[float, float] = "ema_absmax"
+) -> Quantizer:
+    return Quantizer("layer", AFFINE, kind, window)
 
 
 def stored(x: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ def test_gradients_of_step_and_offset(window: Window) -> None:
 def test_an_offset_above_zero_leaves_zero_a_code() -> None:
     found = learning()
     with torch.no_grad():
-        found.learned.offset.fill_(0.5)  # type: ignore[union-attr]
+        found.get_parameter("learned.offset").fill_(0.5)
     assert found.zero_point(found.step()) == -128
     assert found(torch.tensor([0.0, 0.2]))[0] == 0.0
 

@@ -395,3 +395,27 @@ def test_folding_can_be_switched_off_again() -> None:
     linger.fuse_bn(model)
     switch_fuse_bn(model, on=False)
     assert torch.equal(model(x), expected)
+
+
+def test_only_statistics_that_stand_still_train_what_is_left_of_a_clipped_channel() -> None:
+    """Normalizing by the batch gives back what a range takes off; evaluation does not."""
+    x = torch.randn(32, 4, 6, 6)
+    model = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))))
+    with torch.no_grad():
+        model(x)
+        linger.freeze_ranges(model)
+        model.net[1].weight[2] = 20.0
+        for _ in range(100):
+            by_batch = model(x)
+        linger.fuse_bn(model, mode="frozen")
+        standing_still = model(x)
+        evaluated = model.eval()(x)
+    assert torch.equal(standing_still, evaluated)
+    assert not torch.equal(by_batch, evaluated)
+    # Of weights alone, for inputs without correlation.
+    deviation = model.net[0].weight[2].square().sum().sqrt()
+    measured = model.net[1].running_var[2].sqrt()
+    assert measured < 0.7 * deviation, (
+        "it seems to be smaller, and the next folded weight is larger"
+    )
