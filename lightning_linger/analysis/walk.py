@@ -205,7 +205,7 @@ class Visit:
     @property
     def weight_bits(self) -> int:
         """Width of weights."""
-        return self.site.weight_bits if self.site is not None else 8
+        return self.site.weights.bits if self.site is not None else 8
 
     @property
     def output_bits(self) -> int:

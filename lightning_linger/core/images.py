@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.errors import ConfigError
+from lightning_linger.core.float32_state import Float32State
 
 # What a first convolution reads: grey, RGB, RGB with a fourth channel.
 CHANNELS = (1, 3, 4)
@@ -80,6 +81,33 @@ class FirstConv:
             x: Raw pixels 0 to 255, ``[..., C, H, W]``.
         """
         return normalized(x, *self.constants(x.device))
+
+
+class RawImages(Float32State):
+    """Normalizes raw images where a model reads them.
+
+    Args:
+        firstconv: The normalization.
+        device: Of the model.
+
+    Attributes:
+        mean: float32 ``[C, 1, 1]``; not in the state of the model, whose plan has it.
+        std: Likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, firstconv: FirstConv, device: torch.device) -> None:
+        super().__init__()
+        self.firstconv = firstconv
+        mean, std = firstconv.constants(device)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Return raw images normalized, in float32."""
+        return normalized(raw, self.mean, self.std)
 
 
 def normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

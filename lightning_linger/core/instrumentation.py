@@ -242,15 +242,15 @@ class Instrumentation(nn.Module):
         return {
             site.key: {
                 "platform": site.config.platform,
-                "weight_bits": site.weight_bits,
+                "weight_bits": site.weights.bits,
                 "activation_bits": site.config.activation_bits,
                 "granularity": site.granularity,
                 "weight_range": site.config.weight_range,
                 "folded": site.active_fold is not None,
-                "firstconv": site.firstconv is not None,
+                "firstconv": site.raw_images is not None,
             }
             for site in self.sites
-            if site.config is not None and site.weight_grid is not None
+            if site.config is not None and site.weights.grid is not None
         }
 
     def detach_hooks(self) -> None:

@@ -13,32 +13,29 @@ from lightning_linger.core.config import Granularity, QuantConfig
 from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.fake_quantize import Scalar
+from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.gradients import GradientQuantizer
-from lightning_linger.core.images import FirstConv, normalized
+from lightning_linger.core.images import RawImages
 from lightning_linger.core.integer import quantize
 from lightning_linger.core.limits import Limits, apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
 from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer
-from lightning_linger.core.ranges import EMA_WEIGHT, LearnedScale, RangeRule
+from lightning_linger.core.ranges import EMA_WEIGHT
 from lightning_linger.core.requantize import requantized
 from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.switches import FloatPart, FrozenPart, RoundedParameter, Switches
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
+from lightning_linger.core.weight_ranges import WeightRanges
 
 if TYPE_CHECKING:
     from lightning_linger.core.graph import Node
-    from lightning_linger.core.grid import Grid
     from lightning_linger.core.platform import Platform
     from lightning_linger.core.registry import Op
 
 
-# Buffers that hold the steps of weights while ranges are frozen.
-_HELD = "held_"
-
-
-class Site(nn.Module):
+class Site(Float32State):
     """One call site and what the stages attached to it.
 
     Attributes:
@@ -52,11 +49,8 @@ class Site(nn.Module):
         parts: Quantizers inside the op, by name.
         gradients: Gradient quantizers of the weights, by name, and of all biases.
         output: Quantizer of the result, if the result has a range of its own.
-        weight_grid: Grid of the weight, for layers.
-        weight_rule: Range estimator of the weight.
-        learned_weight: Learned range of the weight, None for one that is only measured.
-        learned_parts: Those of further weights, where the op has several.
-        firstconv: How raw images are normalized here, None where none are taken.
+        weights: What its weights are rounded to.
+        raw_images: Normalizes raw images, None where none are taken.
         fold: The batch norm folded into this layer, if any.
         noise: Random numbers of stochastic rounding, None without.
         completes_fold: For a batch norm: the layer before it has taken it in.
@@ -69,13 +63,10 @@ class Site(nn.Module):
         limits: Range limits of the constrained float stage.
         frozen: The parts whose ranges stay what they are.
         floating: The parts that are not rounded, though they are planned to be.
-        latest_steps: Steps of the weights in the latest forward, by the name of the weight.
         why_float: Why the site is not quantized, if so.
     """
 
     output_bound: Tensor
-    image_mean: Tensor
-    image_std: Tensor
 
     def __init__(self, node: Node, op: Op, owner: nn.Module, switches: Switches) -> None:
         super().__init__()
@@ -94,10 +85,7 @@ class Site(nn.Module):
         self.gradients = nn.ModuleDict()
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
-        self.weight_grid: Grid | None = None
-        self.weight_rule: RangeRule | None = None
-        self.learned_weight: LearnedScale | None = None
-        self.learned_parts = nn.ModuleDict()
+        self.weights = WeightRanges(node.key)
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -105,11 +93,10 @@ class Site(nn.Module):
         self.prepared: dict[str, Any] = {}
         self.seen: dict[int, Tag | None] = {}
         self.released = False
-        self.firstconv: FirstConv | None = None
+        self.raw_images: RawImages | None = None
         self.weight_is_computed = False
         self.frozen: frozenset[FrozenPart] = frozenset()
         self.floating: frozenset[FloatPart] = frozenset()
-        self.latest_steps: dict[str, Scalar] = {}
 
     @property
     def quantized(self) -> bool:
@@ -236,27 +223,20 @@ class Site(nn.Module):
         found: float | None = self.prepared["output_limit"]
         return found
 
-    def take_raw_images(self, firstconv: FirstConv | None, device: torch.device) -> None:
-        """Normalize raw images here from now on, or no longer."""
-        self.firstconv = firstconv
-        constants = (None, None) if firstconv is None else firstconv.constants(device)
-        for name, constant in zip(("image_mean", "image_std"), constants, strict=True):
-            # The plan of the model holds them, so its state need not.
-            self.register_buffer(name, constant, persistent=False)
-
     def image(self, raw: Tensor) -> Tensor:
         """Return a raw image normalized, in float32.
 
         Raises:
             ConfigError: If nobody said how.
         """
-        if self.firstconv is None:
+        if self.raw_images is None:
             msg = (
                 f"`{self.key}` got uint8. It takes raw images if it is the first convolution and "
                 "`firstconv` is passed to `linger.calibrate`; normalize them otherwise."
             )
             raise ConfigError(msg)
-        return normalized(raw, self.image_mean, self.image_std)
+        image: Tensor = self.raw_images(raw)
+        return image
 
     def operand(self, position: int, x: Tensor) -> Tensor | None:
         """Return an operand on the integer grid, in the site's input width.
@@ -360,33 +340,6 @@ class Site(nn.Module):
         rounded: Tensor = self.gradients[name](parameter)
         return rounded
 
-    def held(self, name: str, step: Scalar) -> Scalar:
-        """Return the step of a weight, which stays what it is while ranges are frozen.
-
-        Args:
-            name: Tells the weights of the site apart.
-            step: What the weight asks for now.
-
-        Raises:
-            ConfigError: If as many steps were never to be held.
-        """
-        if "weights" in self.frozen:
-            kept: Any = self._buffers.get(_held(name))
-            if kept is None and not capturing():
-                kept = self.hold(name, step)
-            if kept is not None:
-                count = 1 if isinstance(step, float) else step.numel()
-                if kept.numel() != count:
-                    msg = (
-                        f"`{self.key}`: its weight has {count} scales, and is to have "
-                        f"{kept.numel()} fixed ones. Load those of a model that is quantized alike."
-                    )
-                    raise ConfigError(msg)
-                step = float(kept) if isinstance(step, float) else kept.to(step.device)
-        if not capturing():
-            self.latest_steps[name] = step
-        return step
-
     def note(self, name: str, source: Tensor | None, values: Tensor, step: Scalar) -> None:
         """Tell who collects parameters what one is rounded to (see :class:`RoundedParameter`)."""
         if self.switches.rounded is not None:
@@ -394,27 +347,6 @@ class Site(nn.Module):
             self.switches.rounded.append(
                 RoundedParameter(self.key, name, source, values.detach(), steps)
             )
-
-    def hold(self, name: str, step: Scalar) -> Tensor:
-        """Set the step that a weight has while ranges are frozen, and return it.
-
-        Args:
-            name: Tells the weights of the site apart.
-            step: 0-dim, or one per channel.
-        """
-        kept = torch.as_tensor(step, dtype=torch.float32).clone()
-        self.register_buffer(_held(name), kept)
-        return kept
-
-    def weight_step_in_use(self, name: str) -> Tensor | None:
-        """Return the step that a weight is held at, or had in the latest forward; None before.
-
-        Args:
-            name: Tells the weights of the site apart.
-        """
-        kept: Any = self._buffers.get(_held(name))
-        step = self.latest_steps.get(name) if kept is None else kept
-        return None if step is None else torch.as_tensor(step, dtype=torch.float32).detach().clone()
 
     @property
     def moves_weight_ranges(self) -> bool:
@@ -427,29 +359,10 @@ class Site(nn.Module):
         for quantizer in self.quantizers():
             if quantizer.learned is not None:
                 quantizer.learned.requires_grad_("activations" not in parts)
-        for learned in self.learned_scales():
-            learned.requires_grad_("weights" not in parts)
+        self.weights.freeze("weights" in parts)
         for node in self.gradient_quantizers():
             node.frozen = "gradients" in parts
-        if "weights" not in parts:
-            self.release_steps()
         self.thaw()
-
-    def learned_scale(self, name: str) -> LearnedScale | None:
-        """Return the learned range of a weight, None for one that is only measured.
-
-        Args:
-            name: Tells the weights of the site apart.
-        """
-        if name == "weight":
-            return self.learned_weight
-        parts: dict[str, Any] = dict(self.learned_parts.items())
-        return parts.get(name)
-
-    def learned_scales(self) -> list[LearnedScale]:
-        """Return the learned ranges of its weights."""
-        found: Any = [self.learned_weight, *self.learned_parts.values()]
-        return [learned for learned in found if learned is not None]
 
     def gradient_quantizers(self) -> list[GradientQuantizer]:
         """Return what rounds the gradients of its parameters and activations."""
@@ -468,48 +381,11 @@ class Site(nn.Module):
         apart = self.op.rounds_parts_apart
         return not apart and self.output is not None and "activations" in self.floating
 
-    def release_steps(self) -> None:
-        """Forget the steps that were held while ranges were frozen."""
-        for name in [name for name in self._buffers if name.startswith(_HELD)]:
-            del self._buffers[name]
-
-    @property
-    def clips_weights(self) -> bool:
-        """Whether weights may lie beyond their range, which leaves values out or stands still."""
-        return self.holds_weights or (self.weight_rule is not None and self.weight_rule.clips)
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether the ranges of weights stay what they are."""
-        return "weights" in self.frozen
-
-    def weight_reach(self, rows: Tensor) -> Tensor:
-        """Return the half-range of a weight by the site's estimator.
-
-        Args:
-            rows: Detached, ``[R, N]``: a row for each scale.
-
-        Returns:
-            float32 ``[R]``.
-        """
-        rule, grid = self.weight_rule, self.weight_grid
-        assert rule is not None  # the planner gives both to every op that has parameters
-        assert grid is not None
-        if rule.statistic is None:
-            _, half = rule.fixed or (0.0, 0.0)
-            return rows.new_full((rows.shape[0],), half, dtype=torch.float32)
-        return rule.statistic.measure(rows, None, grid)
-
     @property
     def statistics_bits(self) -> int | None:
         """Width of the running statistics of a batch norm now, None for float."""
         quantized = self.switches.quantize and self.switches.system != "float"
         return self.config.statistics_bits if quantized and self.config is not None else None
-
-    @property
-    def weight_bits(self) -> int:
-        """Width of the weight."""
-        return self.weight_grid.bits if self.weight_grid else 8
 
     @property
     def gives_real_results(self) -> bool:
@@ -525,7 +401,7 @@ class Site(nn.Module):
     @property
     def weight_code_bits(self) -> int:
         """Width of the weight's integers, which have the step of the finest group."""
-        return WIDEST_OPERAND if self.has_groups else self.weight_bits
+        return WIDEST_OPERAND if self.has_groups else self.weights.bits
 
     @property
     def widest_operand(self) -> int:
@@ -559,16 +435,6 @@ class Site(nn.Module):
         )
         return with_tag(codes, quantizer.tag(step, x.dtype))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Site:
-        """Follow the model to its device; a limit stays float32 like every range."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer is not None and buffer.is_floating_point():
-                moved: Any = self._buffers[name]
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
     def thaw(self) -> None:
         """Forget everything derived from weights and ranges."""
         self.prepared.clear()
@@ -578,21 +444,10 @@ class Site(nn.Module):
         self.thaw()
         return super().train(mode)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self.release_steps()
-        for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and name.startswith(_HELD):
-                self.register_buffer(name, torch.empty_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.thaw()
 
     def extra_repr(self) -> str:
         """Show the key."""
         return self.key
-
-
-def _held(name: str) -> str:
-    return _HELD + name.replace(".", ":")

@@ -67,13 +67,8 @@ def set_widths(site: Site, widths: Widths) -> None:
     assert platform is not None  # a plan gives it together with the settings
     call = site.recorded_call
     site.config = config
-    if site.weight_grid is not None and site.weight_bits != widths.weight_bits:
-        site.weight_grid = dataclasses.replace(site.weight_grid, bits=widths.weight_bits)
-        # Steps that were held while ranges stand still are those of the width before.
-        site.release_steps()
-        site.latest_steps = {}
-        for learned in site.learned_scales():
-            learned.change_grid(site.weight_grid)
+    if site.weights.grid is not None and site.weights.bits != widths.weight_bits:
+        site.weights.change_width(widths.weight_bits)
     site.operand_bits = {}
     for position, _ in enumerate(site.op.operands(call)):
         bits = site.op.operand_bits(position, call, config, platform)

@@ -59,14 +59,14 @@ def bits_per_weight(model: nn.Module) -> float | None:
     weights = bits = 0
     counted: set[int] = set()
     for site in instrumentation_of(model).sites:
-        if not site.quantized or site.weight_grid is None:
+        if not site.quantized or site.weights.grid is None:
             continue
         for spec in site.op.parameters(site.recorded_call):
             # Calls of one module have their weights in common.
             if spec.value not in counted:
                 counted.add(spec.value)
                 weights += math.prod(spec.shape)
-                bits += math.prod(spec.shape) * site.weight_grid.bits
+                bits += math.prod(spec.shape) * site.weights.grid.bits
     return bits / weights if weights else None
 
 

@@ -158,7 +158,7 @@ class _SiteState:
     def __init__(self, site: Any) -> None:
         self.site = site
         self.frozen, self.floating = site.frozen, site.floating
-        self.latest_steps = dict(site.latest_steps)
+        self.latest_steps = dict(site.weights.latest_steps)
         self.gradients = [(node, node.active, node.frozen) for node in site.gradient_quantizers()]
         self.latest = [(quantizer, quantizer.latest_step) for quantizer in site.quantizers()]
         self.tensors = {name: x.detach().clone() for name, x in site.state_dict().items()}
@@ -169,7 +169,7 @@ class _SiteState:
         site.freeze(self.frozen)
         site.leave_float(self.floating)
         site.load_state_dict(self.tensors)
-        site.latest_steps = self.latest_steps
+        site.weights.latest_steps = self.latest_steps
         for node, active, frozen in self.gradients:
             node.active, node.frozen = active, frozen
         for quantizer, step in self.latest:
@@ -254,8 +254,8 @@ class _Load(NamedTuple):
         else:
             step = torch.tensor(steps if len(steps) > 1 else steps[0])
             if "weights" in item.site.frozen:
-                item.site.hold(item.weight_name, step)
-            item.site.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
+                item.site.weights.hold(item.weight_name, step)
+            item.site.weights.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
 
 
 def _flat(
@@ -291,7 +291,7 @@ def _resolve_weights(
     """Name the weights of a model that has not run yet as the configurations name them."""
     for module in {module for module, _ in given}:
         item = items.get((module, "weight"))
-        if item is None or item.site.latest_steps or (module, "weight") in given:
+        if item is None or item.site.weights.latest_steps or (module, "weight") in given:
             continue
         known = {name for owner, name in items if owner == module}
         own = [name for owner, name in given if owner == module and name not in known]

@@ -82,7 +82,7 @@ class Item:
     @property
     def grid_of_weight(self) -> Grid:
         """The grid of its call's weights."""
-        grid = self.site.weight_grid
+        grid = self.site.weights.grid
         assert grid is not None  # only what has weights has items of weights
         return grid
 
@@ -136,7 +136,7 @@ class Item:
         """How many scales it has without a zero point; None for a weight that was never rounded."""
         if self.quantizer is not None:
             return 1
-        step = self.site.weight_step_in_use(self.weight_name)
+        step = self.site.weights.step_in_use(self.weight_name)
         return None if step is None else step.numel()
 
     def scale(self) -> Tensor | None:
@@ -146,7 +146,7 @@ class Item:
         while there is none, and for a bias.
         """
         if self.quantizer is None:
-            step = self.site.weight_step_in_use(self.weight_name)
+            step = self.site.weights.step_in_use(self.weight_name)
             return None if step is None or self.kind == "bias" else half_range(step, self.bitwidth)
         if not self.quantizer.known:
             return None
@@ -207,8 +207,8 @@ def _path(site: Site) -> str:
 
 
 def _items(site: Site, module: str) -> Iterator[Item]:
-    if site.weight_grid is not None and not site.completes_fold:
-        for name in [*site.latest_steps] or [_WEIGHT]:
+    if site.weights.grid is not None and not site.completes_fold:
+        for name in [*site.weights.latest_steps] or [_WEIGHT]:
             yield Item(module, item_of_weight(name), "weight", site)
         if _has_bias(site):
             yield Item(module, "bias", "bias", site)

@@ -186,8 +186,8 @@ def _apply(site: Site, methods: Mapping[Kind, QuantizeMethod]) -> None:
         node.frozen = kept
     if "weights" in frozen:
         # The scale that the latest forward had, not that of what an optimizer made of the weight.
-        for name, step in site.latest_steps.items():
-            site.hold(name, step)
+        for name, step in site.weights.latest_steps.items():
+            site.weights.hold(name, step)
     site.leave_float(frozenset(floating))
 
 

@@ -62,7 +62,7 @@ def fix_state_dict(
         else:
             _write(state[name], source, rounded.values)
         site = instrumentation.find(rounded.site)
-        bits = site.weight_bits
+        bits = site.weights.bits
         if rounded.name.startswith("running_"):
             bits = site.statistics_bits or bits
         is_bias = rounded.name.endswith("bias")

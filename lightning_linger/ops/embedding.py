@@ -123,10 +123,10 @@ class EmbeddingOp(Op):
             return with_tag(values, self._tag(site, table.step, call))
         rows = self._limited_rows(site, call)
         step = self._step(site, call.weight)
-        grid = site.weight_grid
+        grid = site.weights.grid
         assert grid is not None  # the planner gives one to every op that has parameters
-        rounding, clips = site.weight_rounding("weight"), site.clips_weights
-        limits, learned = (grid.qmin, grid.qmax), site.learned_weight
+        rounding, clips = site.weight_rounding("weight"), site.weights.clips
+        limits, learned = (grid.qmin, grid.qmax), site.weights.learned
         if learned is not None and site.training:
             rounded = learned_on_grid(full(rows), step, limits, rounding, learned, learned.value)
         else:
@@ -138,12 +138,12 @@ class EmbeddingOp(Op):
         """Call ``linger::embedding``."""
         table = self._prepare(site, call)
         codes = integer_embedding(
-            call.input, table.codes, table.step, site.weight_bits, site.platform_name
+            call.input, table.codes, table.step, site.weights.bits, site.platform_name
         )
         return with_tag(codes, self._tag(site, table.step, call))
 
     def _tag(self, site: Site, step: Scalar, call: EmbeddingCall) -> Tag:
-        return Tag(step, site.weight_bits, site.key, call.weight.dtype)
+        return Tag(step, site.weights.bits, site.key, call.weight.dtype)
 
     def _limited_rows(self, site: Site, call: EmbeddingCall) -> Tensor:
         # A limit acts on single values: the rows that are read are enough.
@@ -161,18 +161,18 @@ class EmbeddingOp(Op):
         return bound_of(full(weight), limits.weight)
 
     def _step(self, site: Site, weight: Tensor) -> Scalar:
-        grid = site.weight_grid
+        grid = site.weights.grid
         assert grid is not None
         rows = full(weight.detach()).reshape(1, -1)
-        if site.learned_weight is not None:
-            learned = learned_step(site, site.learned_weight, rows)
-            return site.held("weight", learned.item() if can_read(learned) else learned)
-        absmax = site.weight_reach(rows)[0]
+        if site.weights.learned is not None:
+            learned = learned_step(site, site.weights.learned, rows)
+            return site.weights.held("weight", learned.item() if can_read(learned) else learned)
+        absmax = site.weights.reach(rows)[0]
         bound = self._bound(site, weight)
         if bound is not None:
             absmax = torch.minimum(absmax, bound)
         step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
-        return site.held("weight", step)
+        return site.weights.held("weight", step)
 
     def _is_prepared(self, site: Site) -> bool:
         return not capturing() or _PREPARED in site.prepared
@@ -181,7 +181,7 @@ class EmbeddingOp(Op):
         found: _Table | None = site.prepared.get(_PREPARED)
         if found is not None and (capturing() or self._is_valid(found, site, call)):
             return found
-        grid = site.weight_grid
+        grid = site.weights.grid
         assert grid is not None
         with torch.no_grad():
             step = float(self._step(site, call.weight))
@@ -193,7 +193,7 @@ class EmbeddingOp(Op):
                 weight = weight.clamp(-edge, edge)
             rounded = on_grid(weight, step, (grid.qmin, grid.qmax), grid.rounding)
             site.note("weight", call.weight, rounded, step)
-            codes = torch.round(rounded / step).to(payload_dtype(site.weight_bits))
+            codes = torch.round(rounded / step).to(payload_dtype(site.weights.bits))
             source = call.weight.clone() if site.weight_is_computed else None
         found = _Table(codes, step, self._validity(site, call), source)
         site.prepared[_PREPARED] = found

@@ -96,12 +96,12 @@ def running_statistics(site: Site, mean: Tensor, var: Tensor) -> tuple[Tensor, T
     """
     mean, var = full(mean), full(var)
     bits = site.statistics_bits
-    if bits is None or site.weight_grid is None:
+    if bits is None or site.weights.grid is None:
         return mean, var
-    grid = dataclasses.replace(site.weight_grid, bits=bits, narrow=False)
+    grid = dataclasses.replace(site.weights.grid, bits=bits, narrow=False)
     rounded = []
     for name, values, lowest in (("running_mean", mean, grid.qmin), ("running_var", var, 1)):
-        step = site.held(name, grid.step(values.detach().abs().amax().float()))
+        step = site.weights.held(name, grid.step(values.detach().abs().amax().float()))
         rounded.append(fake_quantize(values, step, lowest, grid.qmax, grid.rounding))
         site.note(name, values, rounded[-1], step)
     return rounded[0], rounded[1]

@@ -42,13 +42,13 @@ def group_steps(site: Site, weight: Tensor, finest: Tensor | None) -> tuple[Tens
     Returns:
         A tensor that broadcasts to the weight; a float where values can be read, else 0-dim.
     """
-    grid, granularity = site.weight_grid, site.granularity
+    grid, granularity = site.weights.grid, site.granularity
     assert grid is not None  # the planner gives one to every op that has parameters
-    steps = grid.step(site.weight_reach(grouped_rows(weight, granularity)))
+    steps = grid.step(site.weights.reach(grouped_rows(weight, granularity)))
     steps = torch.maximum(steps, steps.amax() * 2.0 ** (grid.bits - WIDEST_OPERAND))
     if finest is not None:
         steps = torch.maximum(steps, grid.step(finest.amax() * grid.qmax))
-    steps = torch.as_tensor(site.held("weight", steps))
+    steps = torch.as_tensor(site.weights.held("weight", steps))
     ones = [1] * (weight.dim() - 2)
     if isinstance(granularity, int):
         outputs, inputs = weight.shape[:2]

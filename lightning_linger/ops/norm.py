@@ -245,7 +245,7 @@ class BatchNormOp(Op):
             prepared.steps,
             result.scale,
             tag.bits,
-            site.weight_bits,
+            site.weights.bits,
             result.bits,
             result.low,
             result.high,
@@ -335,21 +335,21 @@ class BatchNormOp(Op):
         if limits is not None:
             alpha = limited(alpha, limits.weight, limits.gradient)
             beta = limited(beta, limits.bias, limits.gradient)
-        grid = site.weight_grid
+        grid = site.weights.grid
         assert grid is not None
         assert site.config is not None
         by_channel = site.granularity == "channel"
-        reach = site.weight_reach(
+        reach = site.weights.reach(
             alpha.detach().reshape(-1, 1) if by_channel else alpha.detach()[None]
         )
         finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
         if finest is not None:
             reach = torch.maximum(reach, (finest if by_channel else finest.amax()) * grid.qmax)
         step_a = grid.step(reach if by_channel else reach[0])
-        step_a = torch.as_tensor(site.held("weight", step_a))
+        step_a = torch.as_tensor(site.weights.held("weight", step_a))
         if "weights" not in site.floating:
             limits_a = (grid.qmin, grid.qmax)
-            alpha = on_grid(alpha, step_a, limits_a, grid.rounding, site.clips_weights)
+            alpha = on_grid(alpha, step_a, limits_a, grid.rounding, site.weights.clips)
         if "biases" not in site.floating:
             limits_b = float32_code_limits(site.config.bias_bits)
             beta = on_grid(beta, step_a * step_x, limits_b, grid.rounding)
@@ -375,7 +375,7 @@ class BatchNormOp(Op):
         found = PreparedAffine(
             alpha,
             beta,
-            codes.to(payload_dtype(site.weight_bits)),
+            codes.to(payload_dtype(site.weights.bits)),
             bias_codes.to(torch.int32),
             steps,
             bound < EXACT_FLOAT32,

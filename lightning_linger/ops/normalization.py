@@ -306,7 +306,7 @@ class NormOp(KernelOp):
         assert affine is not None
         self._require_sums(site, call, tag.bits)
         if affine.codes is None or affine.bias_codes is None:
-            affine = _with_codes(affine, call, site.weight_bits)
+            affine = _with_codes(affine, call, site.weights.bits)
         assert affine.codes is not None
         assert affine.bias_codes is not None
         return integer_layer_norm(
@@ -320,7 +320,7 @@ class NormOp(KernelOp):
             float(affine.step),
             target.scale,
             tag.bits,
-            site.weight_bits,
+            site.weights.bits,
             target.bits,
             target.low,
             target.high,
@@ -343,7 +343,7 @@ class NormOp(KernelOp):
         weight = None if call.weight is None else full(call.weight)
         bias = None if call.bias is None else full(call.bias)
         weight, bias = _limited(site, weight, bias)
-        grid, config = site.weight_grid, site.config
+        grid, config = site.weights.grid, site.config
         assert grid is not None
         assert config is not None
         if weight is None:
@@ -351,16 +351,16 @@ class NormOp(KernelOp):
             grid = dataclasses.replace(grid, scale_kind="power_of_two")
             absmax = call.input.new_full((), 2.0, dtype=torch.float32)
         else:
-            absmax = site.weight_reach(weight.detach().reshape(1, -1))[0]
+            absmax = site.weights.reach(weight.detach().reshape(1, -1))[0]
         finest = finest_for_bias(bias, 2.0**-FRACTION, config.bias_bits)
-        learned = None if weight is None else site.learned_weight
+        learned = None if weight is None else site.weights.learned
         if learned is not None and weight is not None:
             wanted = learned_step(site, learned, weight.detach().reshape(1, -1))
             absmax = wanted * grid.qmax
         if finest is not None:
             absmax = torch.maximum(absmax, finest.amax() * (grid.qmax + 1))
         step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
-        step = site.held("weight", step)
+        step = site.weights.held("weight", step)
         limits_w = (grid.qmin, grid.qmax)
         if weight is not None:
             if learned is not None and site.training:
@@ -368,7 +368,7 @@ class NormOp(KernelOp):
                     weight, step, limits_w, grid.rounding, learned, learned.value
                 )
             else:
-                weight = on_grid(weight, step, limits_w, grid.rounding, site.clips_weights)
+                weight = on_grid(weight, step, limits_w, grid.rounding, site.weights.clips)
             site.note("weight", call.weight, weight, step)
             weight = site.with_rounded_gradient("weight", weight)
         if bias is not None:
@@ -390,7 +390,7 @@ class NormOp(KernelOp):
             return found
         affine = self._on_grid(site, call)
         affine = dataclasses.replace(affine, step=float(affine.step), validity=validity)
-        found = _with_codes(affine, call, site.weight_bits)
+        found = _with_codes(affine, call, site.weights.bits)
         site.prepared[_PREPARED] = found
         return found
 

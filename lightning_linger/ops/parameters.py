@@ -66,17 +66,17 @@ def weight_step(
     Returns:
         ``[C]`` per channel; for one step a float where values can be read, else a 0-dim tensor.
     """
-    grid = site.weight_grid
+    grid = site.weights.grid
     assert grid is not None  # the planner gives one to every op that has parameters
     per_channel = site.granularity == "channel"
     finest = finest if finest is None or per_channel else finest.amax()
-    learned = site.learned_scale(name)
+    learned = site.weights.learned_scale(name)
     if learned is not None:
         step = learned_step(site, learned, rows)
         if finest is not None:
             step = torch.maximum(step, grid.step(finest * grid.qmax))
         return step if per_channel or not can_read(step) else step.item()
-    reach = site.weight_reach(rows)
+    reach = site.weights.reach(rows)
     if not per_channel:
         reach = reach[0]
     if finest is not None:
@@ -89,7 +89,7 @@ def weight_step(
 def learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
     """Return a learned step; the first training step with gradients takes it over."""
     if not learned.started:
-        reach = site.weight_reach(rows)
+        reach = site.weights.reach(rows)
         if not (site.moves_weight_ranges and torch.is_grad_enabled()):
             return learned.step_of(reach)
         learned.follow(reach)

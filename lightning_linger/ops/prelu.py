@@ -85,7 +85,7 @@ class PReLUOp(KernelOp):
             slopes.step,
             target.scale,
             tag.bits,
-            site.weight_bits,
+            site.weights.bits,
             target.bits,
             target.low,
             target.high,
@@ -110,22 +110,22 @@ def _limited(site: Site, weight: Tensor) -> Tensor:
 
 
 def _on_grid(site: Site, weight: Tensor) -> tuple[Tensor, Scalar]:
-    weight, grid = _limited(site, weight), site.weight_grid
+    weight, grid = _limited(site, weight), site.weights.grid
     assert grid is not None
-    limits, learned = (grid.qmin, grid.qmax), site.learned_weight
+    limits, learned = (grid.qmin, grid.qmax), site.weights.learned
     if learned is not None:
         step: Scalar = learned_step(site, learned, weight.detach().reshape(1, -1).float())
         if isinstance(step, Tensor) and can_read(step):
             step = step.item()
-        step = site.held("weight", step)
+        step = site.weights.held("weight", step)
         if site.training:
             value = learned.value
             return learned_on_grid(weight, step, limits, grid.rounding, learned, value), step
         return on_grid(weight, step, limits, grid.rounding, clips=True), step
-    reach = site.weight_reach(weight.detach().reshape(1, -1))[0]
+    reach = site.weights.reach(weight.detach().reshape(1, -1))[0]
     step = grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
-    step = site.held("weight", step)
-    return on_grid(weight, step, limits, grid.rounding, site.clips_weights), step
+    step = site.weights.held("weight", step)
+    return on_grid(weight, step, limits, grid.rounding, site.weights.clips), step
 
 
 def _prepare(site: Site, weight: Tensor) -> _Slopes:
@@ -135,7 +135,7 @@ def _prepare(site: Site, weight: Tensor) -> _Slopes:
     with torch.no_grad():
         values, step = _on_grid(site, weight)
         site.note("weight", weight, values, step)
-        codes = torch.round(values.float() / step).to(payload_dtype(site.weight_bits))
+        codes = torch.round(values.float() / step).to(payload_dtype(site.weights.bits))
     found = site.prepared[_PREPARED] = _Slopes(codes, float(step), _validity(site, weight))
     return found
 

@@ -120,26 +120,26 @@ class Projection:
         if self.factor != 1.0:
             weight = weight * self.factor
             bias = None if bias is None else bias * self.factor
-        grid = site.weight_grid
+        grid = site.weights.grid
         if step_x is None or grid is None or site.config is None:
             return Parameters(weight, bias)
         finest = finest_for_bias(bias, step_x, site.config.bias_bits)
         own = weight.detach()
         per_channel = site.granularity == "channel"
         rows = own.flatten(1) if per_channel else own.reshape(1, -1)
-        step_w = site.held(self.name, weight_step(site, rows, finest, self.name))
+        step_w = site.weights.held(self.name, weight_step(site, rows, finest, self.name))
         steps = step_w
         vector = False
         if isinstance(step_w, Tensor) and step_w.dim() > 0:
             steps, vector = step_w.view(-1, 1), True
         rounding = site.weight_rounding(self.name)
         limits_w = (grid.qmin, grid.qmax)
-        learned = site.learned_scale(self.name)
+        learned = site.weights.learned_scale(self.name)
         if learned is not None and site.training:
             parameter = learned.value.view(-1, 1) if vector else learned.value
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
         else:
-            weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
+            weight = on_grid(weight, steps, limits_w, rounding, site.weights.clips)
         site.note(self.name, self.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)
@@ -171,7 +171,7 @@ class Projection:
                 bias = torch.round(parameters.bias.double() / (step_w.double() * step_x))
                 bound = bound + bias.abs()
             codes = Codes(
-                weight=weight.to(payload_dtype(site.weight_bits)),
+                weight=weight.to(payload_dtype(site.weights.bits)),
                 bias=None if bias is None else bias.to(torch.int32),
                 steps=[float(s) for s in step_w.flatten()],
                 scale_x=step_x,
@@ -276,7 +276,7 @@ class Projection:
             codes.steps,
             result.scale,
             codes.bits_x,
-            site.weight_bits,
+            site.weights.bits,
             result.bits,
             result.low,
             result.high,

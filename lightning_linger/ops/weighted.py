@@ -281,9 +281,9 @@ class WeightedOp(Op, ABC):
         if limits is not None:
             weight = limited(weight, limits.weight, limits.gradient)
             bias = limited(bias, limits.bias, limits.gradient) if bias is not None else None
-        if step_x is None or site.weight_grid is None or site.config is None:
+        if step_x is None or site.weights.grid is None or site.config is None:
             return Parameters(weight, bias)
-        grid = site.weight_grid
+        grid = site.weights.grid
         in_codes = not site.gives_real_results
         finest = None
         if in_codes:
@@ -296,20 +296,20 @@ class WeightedOp(Op, ABC):
         if site.has_groups:
             steps, step_w = group_steps(site, own, finest)
         else:
-            step_w = site.held("weight", weight_step(site, rows, finest))
+            step_w = site.weights.held("weight", weight_step(site, rows, finest))
             steps = step_w
             if isinstance(step_w, Tensor) and step_w.dim() > 0:
                 steps = self.per_channel(call, step_w)
         rounding = site.weight_rounding("weight")
         limits_w = (grid.qmin, grid.qmax)
-        learned = site.learned_weight
+        learned = site.weights.learned
         rounds = "weights" not in site.floating
         if rounds and learned is not None and site.training:
             several = learned.value.dim() > 0
             parameter = self.per_channel(call, learned.value) if several else learned.value
             weight = learned_on_grid(weight, steps, limits_w, rounding, learned, parameter)
         elif rounds:
-            weight = on_grid(weight, steps, limits_w, rounding, site.clips_weights)
+            weight = on_grid(weight, steps, limits_w, rounding, site.weights.clips)
         site.note("weight", call.weight, weight, step_w)
         if bias is not None:
             limits_b = float32_code_limits(site.config.bias_bits)

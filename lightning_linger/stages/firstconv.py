@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_linger.core.errors import ConfigError, UnsupportedError
 from lightning_linger.core.graph import Node, Run
-from lightning_linger.core.images import FirstConv
+from lightning_linger.core.images import FirstConv, RawImages
 from lightning_linger.core.instrumentation import instrumentation_of
 from lightning_linger.core.sites import Site
 
@@ -42,7 +42,7 @@ def take_raw_images(model: nn.Module, firstconv: FirstConv) -> nn.Module:
         raise UnsupportedError(msg)
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     for site in instrumentation.sites:
-        site.take_raw_images(firstconv if site.key in keys else None, device)
+        site.raw_images = RawImages(firstconv, device) if site.key in keys else None
     instrumentation.note_plan("firstconv", dataclasses.asdict(firstconv), {})
     instrumentation.thaw()
     return model
@@ -51,7 +51,7 @@ def take_raw_images(model: nn.Module, firstconv: FirstConv) -> nn.Module:
 def raw_site(model: nn.Module) -> Site | None:
     """Return the site of the convolution that takes raw images, None if there is none."""
     sites = instrumentation_of(model).sites
-    return next((site for site in sites if site.firstconv is not None), None)
+    return next((site for site in sites if site.raw_images is not None), None)
 
 
 def require_quantized_images(model: nn.Module) -> None:
@@ -85,12 +85,13 @@ def code_differences(model: nn.Module) -> int:
     if site is None or "0" not in site.inputs:
         msg = f"{type(model).__name__} takes no raw images. Pass `firstconv` to `linger.calibrate`."
         raise UnsupportedError(msg)
-    assert site.firstconv is not None  # that is how it was found
-    mean, std = site.firstconv.constants()
+    assert site.raw_images is not None  # that is how it was found
+    firstconv = site.raw_images.firstconv
+    mean, std = firstconv.constants()
     values = torch.arange(256).repeat(len(mean), 1)[..., None]
     other = (values.float() - mean * 255.0) / (std * 255.0)
-    images = (site.firstconv.normalized(values), other)
-    here, there = (site.operand_codes(0, x.to(site.image_mean.device)) for x in images)
+    images = (firstconv.normalized(values), other)
+    here, there = (site.operand_codes(0, x.to(site.raw_images.mean.device)) for x in images)
     assert here is not None  # the site has an input quantizer
     assert there is not None
     return int(torch.ne(here, there).sum())

@@ -22,6 +22,7 @@ from lightning_linger.core.registry import op_of
 from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
+from lightning_linger.core.weight_ranges import WeightRanges
 from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_of
 from lightning_linger.ops.norm import BatchNormOp
 from lightning_linger.ops.weighted import WeightedOp
@@ -97,8 +98,10 @@ class Planner:
 
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
-        site.config, site.platform, site.output, site.weight_grid = None, None, None, None
-        site.weight_rule, site.learned_weight, site.learned_parts = None, None, nn.ModuleDict()
+        site.config, site.platform, site.output = None, None, None
+        site.weights = WeightRanges(site.key).train(self.model.training)
+        # New ranges move, and new quantizers round.
+        site.frozen, site.floating = frozenset(), frozenset()
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.gradients = nn.ModuleDict()
         site.__dict__["noise"] = None
@@ -167,8 +170,8 @@ class Planner:
         require_supported(site, call, config, platform)
         site.config, site.platform, site.why_float = config, platform, None
         if site.has_parameters:
-            site.weight_grid = _weight_grid(config, platform)
-            site.weight_rule = RangeRule.parse_weight(config.weight_range)
+            site.weights.grid = _weight_grid(config, platform)
+            site.weights.rule = RangeRule.parse_weight(config.weight_range)
             self._add_learned_weights(site, call)
             self._add_parameter_gradients(site, call)
         self._add_parts(site, call, config, platform)
@@ -283,16 +286,16 @@ class Planner:
                 site.gradients[name] = quantizer
 
     def _add_learned_weights(self, site: Site, call: Any) -> None:
-        rule, grid = site.weight_rule, site.weight_grid
+        rule, grid = site.weights.rule, site.weights.grid
         if rule is None or grid is None or rule.learned is None:
             return
         for name, outputs in site.op.learned_weights(call).items():
             channels = outputs if site.granularity == "channel" else None
             learned = LearnedScale(rule.learned, grid, channels).to(self.device)
             if name == "weight":
-                site.learned_weight = learned
+                site.weights.learned = learned
             else:
-                site.learned_parts[name] = learned
+                site.weights.learned_parts[name] = learned
 
     # --- looking ahead ----------------------------------------------------------------------
 

@@ -112,11 +112,11 @@ def _run(forward: Forward) -> None:
 
 def _rounds_variance(site: Site) -> bool:
     """Whether another variance would round the weight of a folded layer to other codes."""
-    grid = site.weight_grid
+    grid = site.weights.grid
     if site.active_fold is None or not site.quantized or not site.switches.quantize:
         return False
     scales_along = site.granularity == "channel" and grid is not None and grid.scale_kind == "free"
-    return not scales_along or "weights" in site.frozen or bool(site.learned_scales())
+    return not scales_along or "weights" in site.frozen or bool(site.weights.learned_scales())
 
 
 class _Average:

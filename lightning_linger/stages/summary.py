@@ -94,7 +94,7 @@ def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
     elif not switches.quantize:
         why = why if why != "not reached" else ""
     bits = _bits(site)
-    if site.quantized and site.op.kind == "batch_norm" and site.weight_grid is None:
+    if site.quantized and site.op.kind == "batch_norm" and site.weights.grid is None:
         system, bits, stages, why = "folded", "", [], ""
     elif site.merged and switches.quantize:
         system = "merged"
@@ -115,7 +115,7 @@ def _site_row(instrumentation: Instrumentation, site: Site) -> SummaryRow:
 def _bits(site: Site) -> str:
     if site.config is None:
         return ""
-    weight = str(site.weight_grid.bits) if site.weight_grid else "-"
+    weight = str(site.weights.grid.bits) if site.weights.grid else "-"
     if site.output is not None:
         output = str(site.output.grid.bits)
     elif site.platform is not None and site.op.scale_source(site.platform) == "inputs":
@@ -127,10 +127,10 @@ def _bits(site: Site) -> str:
 
 
 def _scale_kind(site: Site) -> str:
-    grid = site.output.grid if site.output is not None else site.weight_grid
+    grid = site.output.grid if site.output is not None else site.weights.grid
     if grid is None:
         return ""
-    several = site.weight_grid is not None and (site.granularity == "channel" or site.has_groups)
+    several = site.weights.grid is not None and (site.granularity == "channel" or site.has_groups)
     kind = f"{grid.scale_kind}/{site.granularity}" if several else grid.scale_kind
     return f"{kind} affine" if grid.affine else kind
 

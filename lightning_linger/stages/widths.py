@@ -147,10 +147,10 @@ def _check(instrumentation: Instrumentation, widths: Mapping[str, Widths]) -> No
         site = instrumentation.find(key)
         changed_config(site, new)
         learned = "adaround" in instrumentation.applied and "weights" in site.frozen
-        if learned and new.weight_bits != site.weight_bits:
+        if learned and new.weight_bits != site.weights.bits:
             msg = (
                 f"`{key}`: its weights are rounded as `adaround` has learned for "
-                f"{site.weight_bits} bits, which {new.weight_bits} would undo. Change widths "
+                f"{site.weights.bits} bits, which {new.weight_bits} would undo. Change widths "
                 "first. To give up what was learned, let the ranges of weights move again: "
                 "`linger.freeze_ranges(model, frozen=False, parts=['weights'])`."
             )

@@ -151,7 +151,8 @@ def test_changes_can_be_allowed(checkpoint: Path) -> None:
     assert ranges
     assert all(torch.equal(seen[key], expected[key]) for key in ranges)
     assert not any("fc/linear" in key for key in ranges)
-    assert {site.weight_bits for site in instrumentation_of(model).sites if site.weight_grid} == {4}
+    weights = [site.weights for site in instrumentation_of(model).sites]
+    assert {one.bits for one in weights if one.grid} == {4}
 
 
 def test_a_stage_that_is_gone_can_be_allowed(checkpoint: Path) -> None:
@@ -173,7 +174,8 @@ def test_a_second_fit_with_other_arguments_can_be_allowed(tmp_path: Path) -> Non
     after = model.state_dict()
     assert before
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert {site.weight_bits for site in instrumentation_of(model).sites if site.weight_grid} == {4}
+    weights = [site.weights for site in instrumentation_of(model).sites]
+    assert {one.bits for one in weights if one.grid} == {4}
     assert instrumentation_of(model).switches.quantize
 
 

@@ -236,7 +236,7 @@ def test_a_run_with_every_callback(tmp_path: Path) -> None:
     assert quantize.schedule.when.monitor == "val_loss"
     assert quantize.config.weight_bits == 6
     sites = {site.node.owner: site for site in instrumentation_of(made.model).sites}
-    assert sites["fc"].weight_bits == 4
+    assert sites["fc"].weights.bits == 4
     assert (tmp_path / "m-1.onnx").exists()
     assert list((tmp_path / "kept").glob("*.ckpt"))
 

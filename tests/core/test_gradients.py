@@ -227,7 +227,7 @@ def test_row18_width_and_range_are_those_of_gradients(bits: int) -> None:
         assert torch.equal(codes, codes.round())
         assert codes.abs().max() == 2 ** (bits - 1), "the largest saturate"
     site = site_of(model, "net.0/linear/0")
-    assert site.weight_grid.bits == site.output.grid.bits == 8
+    assert site.weights.grid.bits == site.output.grid.bits == 8
 
 
 @pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])

@@ -270,7 +270,7 @@ def test_integers_of_a_trained_model_are_exact(kind: str, weight_range: str) -> 
         )
         learned = linger.learned_ranges(model)
         assert all(parameter.grad is not None for parameter in learned.values())
-        weights = [name for name in learned if "learned_weight" in name]
+        weights = [name for name in learned if ".weights." in name]
         assert len(weights) == (0 if weight_range == "absmax" else 3)
         model.eval()
         assert_integer_exact(model, x)
@@ -408,8 +408,8 @@ def test_what_cannot_learn_stays_with_its_estimator() -> None:
     # Of the recurrent layer, the ranges of weights alone.
     of_rnn = [name for name in linger.learned_ranges(model) if "rnn" in name]
     assert len(of_rnn) == 2
-    assert all("learned_parts" in name for name in of_rnn)
-    assert site_of(model, "fc/linear/0").learned_weight is not None
+    assert all(".weights.learned_parts." in name for name in of_rnn)
+    assert site_of(model, "fc/linear/0").weights.learned is not None
     model.eval()
     assert_integer_exact(model, x)
 

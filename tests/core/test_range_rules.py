@@ -367,7 +367,7 @@ def test_weights_and_activations_of_a_model(name: str, platform: str) -> None:
     site = site_of(model, "net.0/conv1d/0")
     rows = model.net[0].weight.detach().flatten(1)
     rows = rows if platform == "onnxruntime" else rows.reshape(1, -1)
-    grid = site.weight_grid
+    grid = site.weights.grid
     expected = grid.step(RangeRule.parse(name).statistic.measure(rows, None, grid))
     model.eval()
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_embeddings_and_attention_follow_too() -> None:
     linger.quantize(table, QuantConfig(weight_range="50%"))
     table(torch.arange(6))
     half = half_range("50%", table.weight.detach())
-    step = site_of(table, "/embedding/0").weight_grid.step_value(half)
+    step = site_of(table, "/embedding/0").weights.grid.step_value(half)
     table.eval()
     with torch.no_grad():
         assert float(table(torch.arange(30)).abs().max()) <= 128 * step

@@ -143,7 +143,7 @@ def test_row17_one_item_in_float_and_the_others_on_their_grids(kind: str, traini
     model.train(training)
     first = site_of(model, "net.0/linear/0")
     step = {name: float(q.step()) for name, q in first.inputs.items()}["0"]
-    weight = first.weight_step_in_use("weight").item()
+    weight = first.weights.step_in_use("weight").item()
 
     def on_grid(values: Tensor, step: float, bits: int, item: str) -> Tensor:
         if kind == item:

@@ -78,8 +78,7 @@ def quantized(name: str, **fields: Any) -> tuple[nn.Module, tuple[Tensor, ...], 
             parameter.add_(0.2 * torch.randn_like(parameter))
     linger.prepare(model, inputs)
     linger.quantize(model, QuantConfig(**fields))
-    learned = {n: p for n, p in linger.learned_ranges(model).items() if "learned_" in n}
-    weights = {n: p for n, p in learned.items() if "learned_weight" in n or "learned_parts" in n}
+    weights = {n: p for n, p in linger.learned_ranges(model).items() if ".weights." in n}
     assert len(weights) == count
     return model, inputs, weights
 

@@ -207,7 +207,7 @@ def test_a_weight_on_either_side_equals_torch(equation, x, y, first):
     fields = {"activation_bits": 16, "output_bits": 16, "weight_bits": 16, "range": 2.0**15}
     linger.quantize(model, QuantConfig(**fields))
     model.eval()
-    assert site_of(model, key).weight_grid is not None
+    assert site_of(model, key).weights.grid is not None
     with torch.no_grad():
         found = model(given)
     assert found.shape == expected.shape
@@ -230,8 +230,8 @@ def test_a_parameter_lies_on_the_weight_grid():
     linger.quantize(model, QuantConfig(weight_bits=4))
     train(model, (x,), 2, 0.0)
     site = site_of(model, "/matmul/0")
-    assert site.weight_grid is not None
-    assert site.weight_grid.bits == 4
+    assert site.weights.grid is not None
+    assert site.weights.grid.bits == 4
     assert not site.inputs
     model.eval()
     codes = site.prepared

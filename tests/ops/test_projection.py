@@ -44,7 +44,7 @@ def test_codes_like_integers(platform, bits, granularity):
     codes = own.codes(site, scale_x, 8)
     assert len(codes.steps) == (6 if granularity == "channel" else 1)
     rounding = site.rounding
-    grid = site.weight_grid
+    grid = site.weights.grid
     for row in range(6):
         step = Fraction(codes.steps[row % len(codes.steps)])
         for column in range(6):

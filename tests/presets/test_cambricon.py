@@ -88,7 +88,7 @@ def test_every_key() -> None:
         "types": None,
     }
     model = linger.calibrate(net(), data(), **arguments)
-    widths = [site_of(model, key).weight_bits for key in ("early/conv2d/0", "fc/linear/0")]
+    widths = [site_of(model, key).weights.bits for key in ("early/conv2d/0", "fc/linear/0")]
     assert widths == [8, 16]
     run(model, torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
 

@@ -70,7 +70,7 @@ def test_layers_have_settings_of_their_own_and_switches_per_op() -> None:
         },
     )
     model(x)
-    widths = {s.node.owner: s.weight_bits for s in model._linger.sites if s.has_parameters}
+    widths = {s.node.owner: s.weights.bits for s in model._linger.sites if s.has_parameters}
     assert widths == {"net.0": 4, "net.2": 8}
     assert site_of(model, "net.1/sigmoid/0").config is None
     assert site_of(model, "net.2/linear/0").output is None
@@ -103,9 +103,9 @@ def test_row04_a_range_method_acts_on_activations_and_weights(method: int, expec
     model(values[None])
     found = site_of(model, "net.0/linear/0")
     assert float(found.inputs["0"].step()) * 128 == expected
-    reach = float(found.weight_reach(values[None])[0])
-    assert found.weight_grid is not None
-    assert found.weight_grid.step_value(reach) * 128 == expected
+    reach = float(found.weights.reach(values[None])[0])
+    assert found.weights.grid is not None
+    assert found.weights.grid.step_value(reach) * 128 == expected
 
 
 @pytest.mark.parametrize("method", RangeMethod)

@@ -63,7 +63,7 @@ def test_a_quantized_model_keeps_its_configuration() -> None:
     linger.quantize(model, linger.QuantConfig(weight_bits=4))
     linger.calibrate(model, (batch for batch in [x, x * 3]))
     site = site_of(model, "net.0/linear/0")
-    assert site.weight_bits == 4
+    assert site.weights.bits == 4
     assert site.output.estimator.batches == 2
 
 

@@ -328,7 +328,7 @@ def test_row40_half_precision_and_graphs() -> None:
     assert torch.equal(traced(raw), expected)
     assert torch.equal(program.module()(raw), expected)
     model.half()
-    assert raw_site(model).image_mean.dtype == torch.float32
+    assert raw_site(model).raw_images.mean.dtype == torch.float32
     assert torch.equal(run(model, raw), run(model, by_hand(raw, IMAGENET).half()))
 
 

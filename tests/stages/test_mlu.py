@@ -99,7 +99,7 @@ def test_row34_layers_of_both_widths_in_one_model() -> None:
     x = data()[0]
     model = linger.calibrate(net(), [x], config(), overrides={"late": WIDE, "fc": WIDE})
     widths = {
-        site.key: (site.weight_bits, site.inputs["0"].grid.bits)  # type: ignore[union-attr]
+        site.key: (site.weights.bits, site.inputs["0"].grid.bits)  # type: ignore[union-attr]
         for site in (site_of(model, key) for key in KEYS)
     }
     assert widths == dict(zip(KEYS, [(8, 8), (16, 16), (16, 16)], strict=True))
@@ -489,7 +489,7 @@ def oracle(x: Tensor, site: Site, layer: nn.Module) -> np.ndarray:
     rows = np.abs(weight.reshape(len(weight), -1))
     per_channel = site.granularity == "channel"
     absmax = rows.max(1) if per_channel else np.full(len(weight), rows.max())
-    steps = (absmax / np.float32(site.weight_grid.qmax)).astype(np.float32)  # type: ignore[union-attr]
+    steps = (absmax / np.float32(site.weights.grid.qmax)).astype(np.float32)  # type: ignore[union-attr]
     lifted = steps.reshape(-1, *[1] * (weight.ndim - 1))
     qw = np.clip(np.rint(weight / lifted), qmin, qmax).astype(np.int64)
     if weight.ndim == 2:

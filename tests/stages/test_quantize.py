@@ -310,13 +310,20 @@ def test_a_folded_layer_left_in_float_trains_as_the_unfolded_one() -> None:
         torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-8, atol=1e-9)
 
 
-def test_quantizing_again_replaces_the_plan() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_quantizing_again_replaces_the_plan(frozen: bool) -> None:
+    """Ranges that stood still were those of the other plan."""
     x = torch.randn(64, 4)
     model = trained(Chain(nn.Linear(4, 5)), x)
+    linger.freeze_ranges(model, frozen=frozen)
+    train(model, (x,), 1, 0.0)
     linger.quantize(model, QuantConfig(weight_bits=4, output_bits=4))
     train(model, (x,), 2, 0.0)
     model.eval()
-    assert site_of(model, "net.0/linear/0").weight_bits == 4
+    weights = site_of(model, "net.0/linear/0").weights
+    assert weights.bits == 4
+    reach = model.net[0].weight.detach().abs().max()
+    assert reach / 8 <= weights.step_in_use("weight") < reach / 3.5
     assert model(x).unique().numel() <= 16
     assert_integer_exact(model, x)
 
@@ -408,7 +415,7 @@ def test_narrow_weights_and_strict_maxima(platform: str) -> None:
         )
         trained(model, x, config=config)
         site = site_of(model, "net.0/linear/0")
-        assert site.weight_grid.qmin == (-7 if narrow else -8)
+        assert site.weights.grid.qmin == (-7 if narrow else -8)
         with torch.no_grad():
             model(x)
         # The ends of both ranges are kept: -1 for the weight, 1 for the input.

@@ -99,8 +99,8 @@ def test_row78_weights_stay_narrow_and_the_batch_norm_is_folded_in_training() ->
     model, x = network()
     stem = site_of(model, "stem/conv2d/0")
     assert stem.fold is model.bn
-    assert stem.weight_grid is not None
-    assert stem.weight_grid.narrow
+    assert stem.weights.grid is not None
+    assert stem.weights.grid.narrow
     with torch.no_grad():
         model(x)
     assert stem.prepared["weights"].codes.abs().max() == 127

@@ -61,7 +61,7 @@ def plan_of(site: Site) -> dict[str, Any]:
     output = site.output.grid if site.output is not None else None
     return {
         "config": site.config,
-        "weight": site.weight_grid,
+        "weight": site.weights.grid,
         "operands": site.operand_bits,
         "grids": (inputs, parts, output),
         "estimators": [(q.estimator.grid, q.estimator.kind) for q in site.quantizers()],

@@ -7,11 +7,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.distributed import is_distributed, max_over_ranks, sum_over_ranks
 from lightning_linger.core.errors import QuantizationWarning
+from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.ranges.histogram import BINS, Histogram
 from lightning_linger.core.ranges.rule import RangeRule
@@ -21,7 +22,7 @@ EMA_WEIGHT = 0.1
 _FIRST_COUNTS = {"mean": 1, "catch": 2}
 
 
-class RangeEstimator(nn.Module):
+class RangeEstimator(Float32State):
     """Tracks the range of a tensor over training steps.
 
     The moving average starts from the first batch, never from zero: no warm-up is needed. In a
@@ -97,14 +98,6 @@ class RangeEstimator(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._known = bool(self.batches.item() > 0)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RangeEstimator:
-        """Follow the model to its device, but stay float32: a range in half precision overflows."""
-        device = fn(torch.empty(0, device=self.range.device)).device
-        for name, buffer in self._buffers.items():
-            assert buffer is not None  # none is ever taken away
-            self._buffers[name] = buffer.to(device)
-        return self
 
     def absmax(self) -> Tensor:
         """Return the 0-dim float32 absolute maximum of the range."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_linger.core.fake_quantize import Bound, Scalar
+from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid
 
 # What a step may not fall below, whatever an optimizer does.
@@ -135,7 +136,7 @@ LEARNED: dict[str, LearnedKind] = {
 }
 
 
-class LearnedScale(nn.Module):
+class LearnedScale(Float32State):
     """A learned range of one tensor.
 
     The parameter is there from set-up, so that the user's optimizer has it, and has no gradient
@@ -231,13 +232,6 @@ class LearnedScale(nn.Module):
             real, parameter, rounded.detach(), step, low, high, coarser, scale, self.name
         )
         return out
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LearnedScale:
-        """Follow the model to its device, but stay float32 like every range."""
-        before = self.value.data
-        super()._apply(fn, recurse)
-        self.value.data = before.to(self.value.device)
-        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -82,13 +82,6 @@ class LearnedRange(LearnedScale):
         )
         return out
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LearnedRange:
-        """Follow the model to its device, but stay float32 like every range."""
-        before = self.offset.data
-        super()._apply(fn, recurse)
-        self.offset.data = before.to(self.offset.device)
-        return self
-
 
 class _CarryOffset(torch.autograd.Function):
     @staticmethod

@@ -64,7 +64,7 @@ class CodeFlow(Flow):
                 scale_ih=ih.steps,
                 scale_hh=hh.steps,
                 scale_hr=() if hr is None else hr.steps,
-                bits=site.weight_bits,
+                bits=site.weights.bits,
             )
             passed.append(self._pass(direction, codes, tag, weights, grid))
         return grid, passed

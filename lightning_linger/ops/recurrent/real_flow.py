@@ -207,7 +207,7 @@ def _weights(
         scale_ih=scale_ih,
         scale_hh=scale_hh,
         scale_hr=scale_hr,
-        bits=site.weight_bits,
+        bits=site.weights.bits,
     )
 
 

@@ -76,7 +76,7 @@ class LayerRounding:
         position = plain.weight / self.steps
         self.low = torch.floor(position)
         self.fraction = position - self.low
-        grid = site.weight_grid
+        grid = site.weights.grid
         assert grid is not None  # the planner gives one to every layer
         self.limits = grid.qmin, grid.qmax
 
