@@ -313,6 +313,36 @@ def test_row29_other_configs_for_one_forward() -> None:
     assert all(torch.equal(state[key], after[key]) for key in state)
 
 
+def everything(model: nn.Module) -> tuple[Any, ...]:
+    configs = [get_fix_configs(model, grad=grad, data_only=True) for grad in (False, True)]
+    return (*configs, str(linger.summary(model)), instrumentation_of(model).switches.quantize)
+
+
+def test_row29_what_a_configuration_changes_comes_back() -> None:
+    """A scale of a weight, a step of a result, a method of a gradient, quantization itself."""
+    model, x = network(gradient_bits=8)
+    train(model, 2)
+    before = everything(model)
+    weight = {"net.0": {"weight": {"method": FIX_AUTO, "scale": 8.0}}}
+    with fix_configs_as(model, weight):
+        assert everything(model) != before
+    assert everything(model) == before
+    result = {"net.4": {"activation": {"method": FIX_FIXED, "scale": 2.0**-9}}}
+    with fix_configs_as(model, result):
+        model(x)
+        assert everything(model)[2] != before[2]
+    assert everything(model) == before
+    gradient = {"net.0": {"weight": {"method": FIX_NONE}, "bias": {"method": FIX_FIXED}}}
+    with fix_configs_as(model, gradient, grad=True):
+        assert everything(model)[1] != before[1]
+    assert everything(model) == before
+    set_fix_method(model, FIX_NONE)
+    in_float = everything(model)
+    with fix_configs_as(model, {"net.0": {"weight": {"method": FIX_AUTO}}}):
+        assert instrumentation_of(model).switches.quantize
+    assert everything(model) == in_float
+
+
 def test_row29_ends_at_an_error() -> None:
     model, _ = network()
     before = get_fix_configs(model, data_only=True)

@@ -346,7 +346,16 @@ def test_row25_values_used_last_stand_beside_the_masters(fields: dict[str, Any])
     for entry in collected:
         used[f"{entry.site.partition('/')[0]}.{entry.name}"] = entry.values
     before = copy.deepcopy(model.state_dict())
+    model.net[2].train()  # one part is in another mode than the rest, and stays so
     fixed = fix_state_dict(model)
+    assert [m.training for m in model.net] == [False, False, True, False, False]
+    model.eval()
+    for entry in collected:
+        name = f"{entry.site.partition('/')[0]}.{entry.name}"
+        step = entry.step.reshape(-1, *[1] * (entry.values.dim() - 1))
+        assert torch.equal(torch.round(entry.values / step) * step, entry.values)
+        half_range = entry.step * (1 if entry.name == "bias" else 128)
+        assert torch.equal(fixed[f"{name}_fp_scale"], half_range)
     assert len(used) == 6
     assert all(torch.equal(fixed[name], values) for name, values in used.items())
     after = model.state_dict()

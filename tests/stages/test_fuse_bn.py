@@ -348,6 +348,37 @@ def test_a_silent_channel_keeps_the_unfolded_gradients() -> None:
     assert (output == output[:1, :, :1, :1]).all()
 
 
+def test_a_channel_whose_codes_vanish_is_silent_in_training_too() -> None:
+    """Evaluation has only its zero weight; what training normalizes there must not get through."""
+    torch.manual_seed(3)
+    model = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
+    with torch.no_grad():
+        model.net[1].weight.copy_(torch.tensor([1.0, 2e-3, 1.0, -2e-3, 1.0, 1.0]))
+        model.net[1].bias.copy_(torch.tensor([0.0, 0.5, 0.0, -0.5, 0.0, 0.0]))
+    x = torch.randn(8, 4, 6, 6)
+    config = linger.QuantConfig(weight_bits=4, output_bits=16)
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))), config)
+    y = model(x)
+    assert torch.equal(y[:, 1], torch.full_like(y[:, 1], 0.5))
+    assert torch.equal(y[:, 3], torch.full_like(y[:, 3], -0.5))
+    y[:, [1, 3]].square().mean().backward()
+    assert (model.net[1].weight.grad[[1, 3]] != 0).all()
+    model.eval()
+    assert torch.equal(model(x)[:, [1, 3]], y[:, [1, 3]])
+
+
+def test_a_constant_channel_without_epsilon() -> None:
+    model = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, eps=0.0))
+    with torch.no_grad():
+        model.net[0].weight[2] = 0.0
+        model.net[1].bias.fill_(0.25)
+    x = torch.randn(8, 4, 6, 6)
+    linger.fuse_bn(linger.prepare(model, (x,)))
+    y = model(x)
+    assert y.isfinite().all()
+    assert torch.equal(y[:, 2], torch.full_like(y[:, 2], 0.25))
+
+
 def test_a_silent_channel_comes_back() -> None:
     x = torch.randn(16, 4, 6, 6)
     model = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
