@@ -79,11 +79,11 @@ class GradientQuantizer(nn.Module):
 
     @torch.no_grad()
     def rounded(self, gradient: Tensor) -> Tensor:
-        """Move the range by a gradient and return it on the grid; empty ones pass."""
+        """Move the range by a gradient and return it on the grid, once there is a range."""
         values = gradient.float()
         if self.switches.observing and not self.frozen:
             self.estimator.observe(values)
-        if not self.estimator.known or gradient.numel() == 0:
+        if not self.estimator.known:
             return gradient
         absmax = self.estimator.absmax()
         step = self.grid.step_value(absmax.item()) if can_read(absmax) else self.grid.step(absmax)

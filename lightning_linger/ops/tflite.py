@@ -91,7 +91,7 @@ def _radius(integer_bits: int, shift: int) -> int:
 
 
 def exp_on_negative(a: Tensor, integer_bits: int) -> Tensor:
-    """Return ``exp(a)`` in Q0 of numbers ``a <= 0`` in ``Q_integer_bits``."""
+    """Return ``exp(a)`` in Q0 of numbers ``a <= 0`` in ``Q_integer_bits``, 5 bits at most."""
     fraction = 31 - integer_bits
     quarter = 1 << (fraction - 2)
     reduced = (a & (quarter - 1)) - quarter
@@ -101,8 +101,6 @@ def exp_on_negative(a: Tensor, integer_bits: int) -> Tensor:
         if integer_bits > exponent:
             has_bit = (rest >> (fraction + exponent)) & 1 == 1
             result = torch.where(has_bit, _mul(result, factor), result)
-    if integer_bits > 5:
-        result = torch.where(a < -(1 << (fraction + 5)), 0, result)
     return torch.where(a == 0, MAX, result)
 
 

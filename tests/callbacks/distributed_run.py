@@ -41,6 +41,7 @@ from lightning_linger.callbacks import (
     RNGStateCallback,
     SensitivityCallback,
 )
+from lightning_linger.core.distributed import mean_over_ranks
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.ranges import RangeEstimator
 from lightning_linger.core.recipe import decode, encode
@@ -222,6 +223,14 @@ def estimators(_: Path) -> dict[str, Any]:
             estimator.observe(batch)
         found[kind] = [*estimator.range.tolist(), estimator.batches.item()]
     return found
+
+
+def means(_: Path) -> dict[str, Any]:
+    """Means of unlike numbers of values, and of none on rank zero."""
+    me = dist.get_rank()
+    values = torch.tensor(1.0 + 3 * me)
+    counts = {"unlike": 1 + 2 * me, "one empty": 5 * me, "empty": 0}
+    return {name: mean_over_ranks(values, count).item() for name, count in counts.items()}
 
 
 def learned_by_chance(folder: Path) -> dict[str, Any]:
@@ -415,6 +424,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "global batch": global_batch,
     "dynamic limits": dynamic_limits,
     "estimators": estimators,
+    "means": means,
     "learned by chance": learned_by_chance,
     "narrowing": narrowing,
     "metrics": metrics,

@@ -101,6 +101,9 @@ def test_row31_two_processes_have_the_same_ranges_after_each_step(tmp_path: Path
     # The values that count are -1, 2, -1, 9 and -12, in bins of 18 / 2048.
     assert first["estimators"]["50%"] == pytest.approx([-2.0, 2.0, 2], abs=0.02)
 
+    # One value of 1 and three of 4.
+    assert first["means"] == {"unlike": 3.25, "one empty": 4.0, "empty": 0.0}
+
     assert all(value != 1.0 for value in first["learned by chance"]["learned"].values())
 
     whole = alone(tmp_path, [QuantizeCallback()])

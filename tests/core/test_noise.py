@@ -111,6 +111,22 @@ def test_weights_are_rounded_by_chance_too() -> None:
     assert (results.std(dim=0) > 0).any()
 
 
+def test_gradients_are_rounded_by_chance_too() -> None:
+    """On a grid of 3 bits, and their mean is the gradient."""
+    model, x = prepared(QuantConfig(rounding="stochastic", gradient_bits=3, gradient_range=1.0))
+    bias, slopes = model.net[2].bias, torch.tensor([0.3, -0.05, 0.0, 0.25])
+    found = []
+    for _ in range(500):
+        bias.grad = None
+        (model(x[:1]) * slopes).sum().backward()
+        found.append(bias.grad)
+    gradients = torch.stack(found)
+    assert torch.equal(gradients * 4, torch.round(gradients * 4))
+    assert (gradients.std(dim=0) > 0).tolist() == [True, True, False, False]
+    sigma = gradients.std(dim=0) / 500**0.5
+    assert ((gradients.mean(dim=0) - slopes).abs() <= 4 * sigma).all()
+
+
 def test_a_resumed_run_draws_the_same_numbers() -> None:
     model, x = prepared(QuantConfig(rounding="stochastic", seed=5))
     other, _ = prepared(QuantConfig(rounding="stochastic", seed=5))

@@ -213,6 +213,8 @@ EXAMPLES = {
     "row67-logistic": (tflite.logistic(SPARSE, 0.05, 0), [-128, -118, -3, 0, 3, 118, 127]),
     "row67-tanh": (tflite.tanh(SPARSE, 0.05, 0), [-128, -128, -6, 0, 6, 127, 127]),
     "row67-l2": (tflite.l2_normalization(torch.tensor([3, 4, 0, -12]), 0), [30, 39, 0, -118]),
+    "row67-l2-of-one": (tflite.l2_normalization(torch.tensor([4, 3, 3]), 3), [127, 0, 0]),
+    "row67-l2-of-minus-one": (tflite.l2_normalization(torch.tensor([0, -1]), 0), [0, -128]),
     "row67-hard-swish": (
         tflite.hard_swish(NARROW, (0.05, 0.05), (0, 0)),
         [0, 0, -8, 0, 23, 60, 127],

@@ -322,20 +322,27 @@ def test_row74_operands_of_a_comparison_are_requantized(kind: str) -> None:
     assert_equal(out.codes, getattr(np, kind)(*moved))
 
 
-def test_bilinear_resizing() -> None:
-    ran = convs(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"))["interpolate"]
+@pytest.mark.parametrize("size", [2, 5, 8, 16, 19])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_bilinear_resizing(align_corners: bool, size: int) -> None:
+    options: Any = {"mode": "bilinear", "align_corners": align_corners}
+    ran = convs(lambda x: F.interpolate(x, size=(size, size), **options))["interpolate"]
     (q,) = ran.operands
-    expected = resized(q.codes, 16)
-    assert_equal(ran.result.codes, expected)
+    assert_equal(ran.result.codes, resized(q.codes, size, align_corners))
 
 
-def resized(q: np.ndarray, size: int) -> np.ndarray:
-    """Half-pixel positions of 10 fraction bits; sums of stored codes, halves away from zero."""
+def resized(q: np.ndarray, size: int, align_corners: bool) -> np.ndarray:
+    """Positions of 10 fraction bits; sums of stored codes, halves away from zero."""
     source = q.shape[2]
     scale = (1024 * source + size // 2) // size
+    start = scale // 2 - 512
+    if align_corners:
+        start = 0
+        if size > 1:
+            scale = (1024 * (source - 1) + (size - 1) // 2) // (size - 1)
     taps = []
     for place in range(size):
-        position = place * scale + scale // 2 - 512
+        position = place * scale + start
         low = max(oracle.truncated(position, 1024), 0)
         high = min(oracle.truncated(position + 1023, 1024), source - 1)
         taps.append((low, high, position - 1024 * low))
