@@ -148,40 +148,31 @@ def _peers(names: Iterable[str], bits: tuple[int, ...]) -> tuple[Recipe, ...]:
     return tuple(peer(name, width) for name in names for width in bits)
 
 
-# What matters most comes first, so that a run that is cut short has it.
+NETWORKS = ("digits", "sequence", "attention", "kws")
+# The spoken words take ten times as long as the others.
+SMALL = ("digits", "sequence", "attention")
+# `tflite` leaves the LSTM, and what attention does between its layers, in float.
+CONVOLUTIONAL = ("digits", "kws")
 MAIN_BITS, OTHER_BITS = (8, 4), (6, 3, 2)
+FURTHER_PTQ = ("ema_absmax", "three_sigma", "99.9%", "kl", "l1")
+
+# What matters most comes first, so that a run that is cut short has it.
 PLAN: tuple[Step, ...] = (
-    Step(("digits", "sequence"), (FLOAT,)),
-    Step(("digits",), _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
-    Step(("digits", "sequence"), _all(BOTH, "PTQ", ("absmax", "mse"))),
+    Step(NETWORKS, (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse")))),
+    Step(NETWORKS, _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
+    Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), MAIN_BITS)),
     Step(("digits",), _peers(PEERS, MAIN_BITS)),
-    Step(("digits",), _all(("tflite",), "QAT", ("lsq",), MAIN_BITS)),
-    Step(("sequence",), _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
-    Step(("attention", "kws"), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse")))),
-    Step(("attention",), _all(BOTH, "QAT", ("lsq",), MAIN_BITS)),
-    Step(("digits",), _all((*BOTH, "tflite"), "QAT", ("lsq",), OTHER_BITS)),
-    Step(("digits",), _peers(PEERS, OTHER_BITS)),
-    Step(("kws",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
     Step(("kws",), _peers(("torchao",), MAIN_BITS)),
-    Step(("sequence",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
-    Step(("digits",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
-    Step(("digits",), _all(("nics_fix",), "QAT", ("last_absmax",))),
-    Step(("digits",), _all(BOTH, "QAT", ("tqt",))),
-    Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
-    Step(
-        ("digits", "sequence", "attention", "kws"),
-        _all(BOTH, "PTQ", ("ema_absmax", "three_sigma", "99.9%", "kl", "l1")),
-    ),
-    Step(("sequence",), _all(BOTH, "QAT", ("absmax",), OTHER_BITS)),
-    Step(("attention", "kws"), _all(BOTH, "QAT", ("absmax",), (8,))),
-    Step(("kws",), _all(("tflite",), "QAT", ("absmax",), (8,))),
-    Step(("digits",), _all(("tflite",), "QAT", ("absmax",))),
-    Step(("digits", "kws"), _all(("tflite",), "PTQ", ("absmax",))),
-    Step(("digits",), _all(("linger",), "QAT", ("pact", "99.9%", "mse"))),
-    Step(("attention",), _all(BOTH, "QAT", ("absmax",), (4, *OTHER_BITS))),
-    Step(("attention",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
-    Step(("kws",), _all(BOTH, "QAT", ("lsq",), OTHER_BITS)),
     Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
     Step(("kws_long",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
     Step(("kws_long",), _peers(("torchao",), MAIN_BITS)),
+    Step(NETWORKS, _all(BOTH, "QAT", ("absmax", "lsq"), OTHER_BITS)),
+    Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), OTHER_BITS)),
+    Step(("digits",), _peers(PEERS, OTHER_BITS)),
+    Step(NETWORKS, _all(BOTH, "PTQ", FURTHER_PTQ)),
+    Step(CONVOLUTIONAL, _all(("tflite",), "PTQ", ("absmax",))),
+    Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
+    Step(SMALL, _all(BOTH, "QAT", ("tqt", "pact", "99.9%", "mse"))),
+    Step(("digits",), _all(("tflite",), "QAT", ("99.9%", "mse"))),
+    Step(SMALL, _all(("nics_fix",), "QAT", ("last_absmax",))),
 )

@@ -66,8 +66,9 @@ def calibrate(
         The model or its copy, in the mode it had.
 
     Raises:
-        ConfigError: If an argument is wrong, the loader is empty, the model takes no raw images and
-            gets some, or it cannot be copied. A plain model is then as it was.
+        ConfigError: If an argument is wrong, the loader is empty, all ranges are frozen, the model
+            takes no raw images and gets some, or it cannot be copied. A plain model is then as it
+            was.
     """
     _check_arguments(model, loader, config, firstconv, batches)
     if not inplace:
@@ -85,6 +86,7 @@ def calibrate(
             quantize(model, config, types, modules, overrides)
         else:
             _refuse_other_plan(model, config, Selection(types, modules, overrides, QUANT_MARK))
+            _refuse_frozen(model)
         if firstconv is not None:
             take_raw_images(model, firstconv)
             require_quantized_images(model)
@@ -178,6 +180,17 @@ def _refuse_other_plan(model: nn.Module, config: QuantConfig | None, selection: 
             f"{type(model).__name__} is quantized already, with other settings than these: "
             f"{', '.join(other)}. Calibrate it without settings, or call `linger.quantize` with "
             "them first."
+        )
+        raise ConfigError(msg)
+
+
+def _refuse_frozen(model: nn.Module) -> None:
+    """Refuse a model in which no batch would move a range."""
+    sites = [site for site in instrumentation_of(model).sites if site.quantizers()]
+    if sites and all("activations" in site.frozen for site in sites):
+        msg = (
+            f"the ranges of {type(model).__name__} are frozen, so no batch moves them. Let them "
+            "move first: `linger.freeze_ranges(model, frozen=False, parts=['activations'])`."
         )
         raise ConfigError(msg)
 

@@ -67,6 +67,24 @@ def test_a_quantized_model_keeps_its_configuration() -> None:
     assert site.output.estimator.batches == 2
 
 
+def test_frozen_ranges_are_not_calibrated() -> None:
+    """Nothing would move, which is not what the caller believes; new quantizers are not frozen."""
+    x = torch.randn(4, 5)
+    model = linger.prepare(Chain(nn.Linear(5, 4), nn.Linear(4, 3)), (x,))
+    linger.calibrate(model, [x])
+    linger.freeze_ranges(model)
+    with pytest.raises(linger.ConfigError, match=r"are frozen.*freeze_ranges\(model, frozen=False"):
+        linger.calibrate(model, [x * 9])
+    linger.freeze_ranges(model, frozen=False, parts=["activations"], modules=["net.1"])
+    linger.calibrate(model, [x * 9])
+    counts = [site_of(model, f"net.{i}/linear/0").output.estimator.batches.item() for i in (0, 1)]
+    assert counts == [1, 2]
+    linger.freeze_ranges(model)
+    linger.quantize(model, linger.QuantConfig(weight_bits=6))
+    linger.calibrate(model, [x * 9])
+    assert_integer_exact(model.eval(), x)
+
+
 def test_an_empty_loader() -> None:
     model = linger.prepare(ResNet(), (images(),))
     with pytest.raises(linger.ConfigError, match="no batch"):
