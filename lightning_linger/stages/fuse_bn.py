@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -31,6 +31,10 @@ def fuse_bn(
 
     Returns:
         The model.
+
+    Raises:
+        ConfigError: If a glob matches no layer, or a layer has seen the range of its result and
+            would be folded now, or no longer.
     """
     plan_fuse_bn(model, FuseConfig(mode), modules)
     return switch_fuse_bn(model, on=True)
@@ -41,18 +45,21 @@ def plan_fuse_bn(
 ) -> nn.Module:
     """Find the pairs to fold without switching folding on."""
     instrumentation = instrumentation_of(model)
-    instrumentation.switches.fuse_mode = config.mode
     layers = [site for site in instrumentation.sites if isinstance(site.op, WeightedOp)]
     for pattern in modules or ():
         _require_match(pattern, [site.node.owner for site in layers])
-    for site in instrumentation.sites:
-        site.completes_fold = False
+    followers: dict[str, Site] = {}
     for site in layers:
         chosen = modules is None or any(covers(pattern, site.node.owner) for pattern in modules)
         follower = _foldable(instrumentation, site) if chosen else None
-        site.__dict__["fold"] = follower.owner if follower is not None else None
         if follower is not None:
-            follower.completes_fold = True
+            followers[site.key] = follower
+    _refuse_other_folds(layers, followers)
+    instrumentation.switches.fuse_mode = config.mode
+    for site in instrumentation.sites:
+        site.completes_fold = site in followers.values()
+    for site in layers:
+        site.__dict__["fold"] = followers[site.key].owner if site.key in followers else None
     instrumentation.note_plan("fuse_bn", {**dataclasses.asdict(config), "modules": modules}, {})
     return model
 
@@ -83,6 +90,20 @@ def _foldable(instrumentation: Instrumentation, site: Site) -> Site | None:
         # The channels of a linear layer are its last dimension, those of a batch norm the second.
         return None
     return follower
+
+
+def _refuse_other_folds(layers: Sequence[Site], followers: Mapping[str, Site]) -> None:
+    """Refuse to fold, or not to, layers that have seen the range of what they give now."""
+    folded = {site.key for site in layers if site.__dict__["fold"] is not None}
+    for site in layers:
+        seen = site.output is not None and site.output.known and not site.output.estimator.fixed
+        if seen and site.key in folded ^ set(followers):
+            msg = (
+                f"`{site.key}` has seen the range of its result, which is another one if the batch "
+                "norm behind it is folded. Call `linger.fuse_bn` before `linger.calibrate` and "
+                "before training, or `linger.strip(model)` to start over."
+            )
+            raise ConfigError(msg)
 
 
 def _require_match(pattern: str, paths: list[str]) -> None:
