@@ -33,8 +33,8 @@ def fuse_bn(
         The model.
 
     Raises:
-        ConfigError: If a glob matches no layer, or a layer has seen the range of its result and
-            would be folded now, or no longer.
+        ConfigError: If a glob matches no layer, or the model is quantized already and other layers
+            would be folded than those it was quantized with.
     """
     plan_fuse_bn(model, FuseConfig(mode), modules)
     return switch_fuse_bn(model, on=True)
@@ -54,7 +54,8 @@ def plan_fuse_bn(
         follower = _foldable(instrumentation, site) if chosen else None
         if follower is not None:
             followers[site.key] = follower
-    _refuse_other_folds(layers, followers)
+    if "quantize" in instrumentation.plans:
+        _refuse_other_folds(layers, followers)
     instrumentation.switches.fuse_mode = config.mode
     for site in instrumentation.sites:
         site.completes_fold = site in followers.values()
@@ -93,17 +94,16 @@ def _foldable(instrumentation: Instrumentation, site: Site) -> Site | None:
 
 
 def _refuse_other_folds(layers: Sequence[Site], followers: Mapping[str, Site]) -> None:
-    """Refuse to fold, or not to, layers that have seen the range of what they give now."""
+    """Refuse to fold, or not to, layers whose quantizers were made for what they are now."""
     folded = {site.key for site in layers if site.__dict__["fold"] is not None}
-    for site in layers:
-        seen = site.output is not None and site.output.known and not site.output.estimator.fixed
-        if seen and site.key in folded ^ set(followers):
-            msg = (
-                f"`{site.key}` has seen the range of its result, which is another one if the batch "
-                "norm behind it is folded. Call `linger.fuse_bn` before `linger.calibrate` and "
-                "before training, or `linger.strip(model)` to start over."
-            )
-            raise ConfigError(msg)
+    other = [site.key for site in layers if site.key in folded ^ set(followers)]
+    if other:
+        msg = (
+            f"`{other[0]}` is quantized already: what it gives would be another thing with its "
+            "batch norm folded, or no longer folded. Call `linger.fuse_bn` before "
+            "`linger.quantize` or `linger.calibrate`; `linger.strip(model)` starts over."
+        )
+        raise ConfigError(msg)
 
 
 def _require_match(pattern: str, paths: list[str]) -> None:

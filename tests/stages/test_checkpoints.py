@@ -77,7 +77,7 @@ STAGES: dict[str, Callable[[nn.Module], Any]] = {
         overrides={"stem": {"weight_bits": 8}, "layers.0": None},
     ),
     "all": lambda model: linger.quantize(linger.normalize(linger.fuse_bn(model))),
-    "quantized, then folded": lambda model: linger.fuse_bn(linger.quantize(model)),
+    "quantized, then limited": lambda model: linger.normalize(linger.quantize(model)),
 }
 
 
@@ -425,12 +425,13 @@ def test_the_recipe_is_plain_readable_data() -> None:
 
 
 def test_plans_stand_in_the_order_of_planning() -> None:
-    model = prepared()
+    model = linger.prepare(ResNet(), (images(),))
     linger.normalize(model)
     linger.fuse_bn(model)
+    linger.quantize(model)
     linger.normalize(model, weight=2.0)
     plans = recipe_of(model.state_dict())["plans"]
-    assert list(plans) == ["quantize", "fuse_bn", "normalize"]
+    assert list(plans) == ["fuse_bn", "quantize", "normalize"]
     assert plans["normalize"]["weight"] == 2.0
 
 

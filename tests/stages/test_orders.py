@@ -77,13 +77,13 @@ def test_any_order_of_calls_is_refused_or_right(seed: int) -> None:
 
 
 @pytest.mark.parametrize("modules", [None, ["net.3"]])
-def test_batch_norms_are_folded_before_ranges_are_seen(modules: list[str] | None) -> None:
+def test_batch_norms_are_folded_before_quantization(modules: list[str] | None) -> None:
     model = linger.prepare(network(), (images(),))
     if modules is not None:
         linger.fuse_bn(model)
     linger.calibrate(model, [images()])
     before = model.eval()(images())
-    with pytest.raises(ConfigError, match=r"`net.0/conv2d/0` has seen the range.*strip"):
+    with pytest.raises(ConfigError, match=r"`net.0/conv2d/0` is quantized already.*strip"):
         linger.fuse_bn(model, mode="frozen", modules=modules)
     assert torch.equal(model(images()), before)
     assert instrumentation_of(model).switches.fuse_mode == "running"
