@@ -165,6 +165,7 @@ PLAN: tuple[Step, ...] = (
     Step(("kws",), _peers(("torchao",), MAIN_BITS)),
     Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
     Step(("kws_long",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
+    Step(("kws_long",), _all(("linger",), "QAT", ("tqt",), MAIN_BITS)),
     Step(("kws_long",), _peers(("torchao",), MAIN_BITS)),
     Step(NETWORKS, _all(BOTH, "QAT", ("absmax", "lsq"), OTHER_BITS)),
     Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), OTHER_BITS)),
@@ -172,7 +173,9 @@ PLAN: tuple[Step, ...] = (
     Step(NETWORKS, _all(BOTH, "PTQ", FURTHER_PTQ)),
     Step(CONVOLUTIONAL, _all(("tflite",), "PTQ", ("absmax",))),
     Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
-    Step(SMALL, _all(BOTH, "QAT", ("tqt", "pact", "99.9%", "mse"))),
+    Step(NETWORKS, _all(("linger",), "QAT", ("tqt",))),
+    Step(SMALL, _all(("onnxruntime",), "QAT", ("tqt",))),
+    Step(SMALL, _all(BOTH, "QAT", ("pact", "99.9%", "mse"))),
     Step(("digits",), _all(("tflite",), "QAT", ("99.9%", "mse"))),
     Step(SMALL, _all(("nics_fix",), "QAT", ("last_absmax",))),
 )
