@@ -177,5 +177,6 @@ PLAN: tuple[Step, ...] = (
     Step(SMALL, _all(("onnxruntime",), "QAT", ("tqt",))),
     Step(SMALL, _all(BOTH, "QAT", ("pact", "99.9%", "mse"))),
     Step(("digits",), _all(("tflite",), "QAT", ("99.9%", "mse"))),
-    Step(SMALL, _all(("nics_fix",), "QAT", ("last_absmax",))),
+    Step(NETWORKS, _all(("nics_fix",), "QAT", ("last_absmax",), MAIN_BITS)),
+    Step(SMALL, _all(("nics_fix",), "QAT", ("last_absmax",), OTHER_BITS)),
 )
