@@ -1,5 +1,7 @@
 """Records of runs, made up for the tests."""
 
+from typing import Any
+
 from lightning_linger.dashboard.records import (
     EpochRecord,
     Layer,
@@ -23,9 +25,9 @@ def layers() -> list[Layer]:
     ]
 
 
-def good(site: str, **changed: object) -> LayerError:
+def good(site: str, **changed: Any) -> LayerError:
     """A layer with nothing wrong."""
-    values = {
+    values: dict[str, Any] = {
         "sqnr": 36.0,
         "isolated_sqnr": 38.0,
         "cosine": 0.999,
@@ -34,7 +36,7 @@ def good(site: str, **changed: object) -> LayerError:
         "mismatch_rate": 0.0,
         "max_lsb": 0,
     }
-    return LayerError(site, **{**values, **changed})  # type: ignore[arg-type]
+    return LayerError(site, **{**values, **changed})
 
 
 def histogram(site: str) -> ValueHistogram:

@@ -1,5 +1,6 @@
 """Repairing a file whose weights lie in files beside it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +115,10 @@ def too_few(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, shorten, outside, too_few])
-def test_data_that_cannot_be_read_is_named(source: Path, damage: object, tmp_path: Path) -> None:
-    damage(source)  # type: ignore[operator]
+def test_data_that_cannot_be_read_is_named(
+    source: Path, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    damage(source)
     target = tmp_path / "repaired.onnx"
     with pytest.raises(linger.ConfigError, match=r"tensor '[wvb]' cannot be read"):
         repair_file(source, target)
