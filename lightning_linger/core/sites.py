@@ -61,7 +61,6 @@ class Site(Float32State):
         operand_bits: Width of operands, where it is not the configured one, by position.
         seen: Tags of the operands in the latest training forward.
         limits: Range limits of the constrained float stage.
-        frozen: The parts whose ranges stay what they are.
         floating: The parts that are not rounded, though they are planned to be.
         why_float: Why the site is not quantized, if so.
     """
@@ -95,7 +94,7 @@ class Site(Float32State):
         self.released = False
         self.raw_images: RawImages | None = None
         self.weight_is_computed = False
-        self.frozen: frozenset[FrozenPart] = frozenset()
+        self._frozen: frozenset[FrozenPart] = frozenset()
         self.floating: frozenset[FloatPart] = frozenset()
 
     @property
@@ -123,7 +122,7 @@ class Site(Float32State):
     @property
     def learning(self) -> bool:
         """Whether the forward that runs now moves the ranges of this site."""
-        if not (self.training and self.switches.learning) or "activations" in self.frozen:
+        if not (self.training and self.switches.learning) or "activations" in self._frozen:
             return False
         # What is not rounded needs a range once, for the scale that biases have.
         return "activations" not in self.floating or not all(q.known for q in self.quantizers())
@@ -351,11 +350,17 @@ class Site(Float32State):
     @property
     def moves_weight_ranges(self) -> bool:
         """Whether a training forward that runs now moves the ranges of weights."""
-        return self.training and self.switches.learning and "weights" not in self.frozen
+        return self.training and self.switches.learning and not self.weights.frozen
+
+    @property
+    def frozen(self) -> frozenset[FrozenPart]:
+        """The parts whose ranges stay what they are."""
+        weights: frozenset[FrozenPart] = frozenset({"weights"} if self.weights.frozen else ())
+        return self._frozen | weights
 
     def freeze(self, parts: frozenset[FrozenPart]) -> None:
         """Keep the ranges of some parts, and let those of the others move."""
-        self.frozen = parts
+        self._frozen = parts - {"weights"}
         for quantizer in self.quantizers():
             if quantizer.learned is not None:
                 quantizer.learned.requires_grad_("activations" not in parts)

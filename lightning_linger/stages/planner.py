@@ -100,10 +100,11 @@ class Planner:
         site.released = site.key in released
         site.config, site.platform, site.output = None, None, None
         site.weights = WeightRanges(site.key).train(self.model.training)
-        # New ranges move, and new quantizers round.
-        site.frozen, site.floating = frozenset(), frozenset()
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.gradients = nn.ModuleDict()
+        # New ranges move, and new quantizers round.
+        site.freeze(frozenset())
+        site.leave_float(frozenset())
         site.__dict__["noise"] = None
         site.merged, site.weight_is_computed, site.why_float = False, False, "not reached"
 
