@@ -90,13 +90,22 @@ class Grid:
         """The largest code."""
         return (1 << (self.bits - 1)) - 1 + int(self.closed)
 
+    @property
+    def steps_covered(self) -> int:
+        """How many steps the widest half-range of a step has.
+
+        With power-of-two scales it is ``2^(bits-1)``: a range that is itself a power of two (the
+        usual range limit) keeps every bit, at the price of one code at the very top. Otherwise, and
+        on a strict grid, the range ends with the codes.
+        """
+        within_codes = self.scale_kind == "free" or self.strict
+        return self.qmax if within_codes else 1 << (self.bits - 1)
+
     def step(self, absmax: Tensor) -> Tensor:
         """Return the step that covers ``[-absmax, absmax]``, elementwise; zero gives a neutral one.
 
-        A power-of-two step is the smallest ``2^e`` with ``absmax <= 2^(bits-1) * 2^e``: a range
-        that is itself a power of two (the usual range limit) keeps every bit, at the price of one
-        code at the very top; a strict grid asks for ``absmax <= qmax * 2^e``. A free step is
-        ``absmax / qmax``.
+        A power-of-two step is the smallest ``2^e`` with ``absmax <= steps_covered * 2^e``, a free
+        one ``absmax / qmax``.
         """
         absmax = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
         if self.scale_kind == "free":

@@ -79,6 +79,8 @@ class Quantizer(nn.Module):
         self.estimator = RangeEstimator(range, name, grid, factor)
         kind = self.estimator.rule.learned
         self.learned = _learned(kind, grid, name) if kind is not None and learns else None
+        if self.learned is not None:
+            self.estimator.grid = self.learned.start_grid
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
@@ -195,13 +197,16 @@ class Quantizer(nn.Module):
             msg = f"`{self.name}`: its learned range has no step {step!r}."
             raise ConfigError(msg)
 
+    def codes(self, step: Scalar) -> tuple[Bound, Bound]:
+        """Return the smallest and largest code at this step."""
+        zero_point = self.zero_point(step)
+        if zero_point is None:
+            return self.grid.qmin, self.grid.qmax
+        return self.grid.qmin - zero_point, self.grid.qmax - zero_point
+
     def code_bounds(self, step: Scalar) -> tuple[Bound, Bound]:
         """Return the smallest and largest code at this step that the window lets through."""
-        lowest: Bound = self.grid.qmin
-        highest: Bound = self.grid.qmax
-        zero_point = self.zero_point(step)
-        if zero_point is not None:
-            lowest, highest = lowest - zero_point, highest - zero_point
+        lowest, highest = self.codes(step)
         low, high = lowest, highest
         if self.window.low > -math.inf:
             low = _edge_code(self.window.low, step, lowest, highest, self.grid)
@@ -288,9 +293,10 @@ class Quantizer(nn.Module):
         return self.with_rounded_gradient(self._carried(value, real, step))
 
     def _carried(self, value: Tensor, real: Tensor, step: Scalar) -> Tensor:
-        low, high = self.code_bounds(step)
         if self.learned is not None and self.learns_now:
-            return self.learned.carry(value, real, step, low, high)
+            window = (self.window.low, self.window.high)
+            return self.learned.carry(value, real, step, *self.codes(step), window=window)
+        low, high = self.code_bounds(step)
         carrier = clamped(real, low * step, high * step)
         return straight_through(value, carrier.to(value.dtype))
 

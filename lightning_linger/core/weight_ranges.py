@@ -55,16 +55,17 @@ class WeightRanges(Float32State):
         """Whether weights may lie beyond their range, which leaves values out or stands still."""
         return self.frozen or (self.rule is not None and self.rule.clips)
 
-    def reach(self, rows: Tensor) -> Tensor:
+    def reach(self, rows: Tensor, grid: Grid | None = None) -> Tensor:
         """Return the half-range of a weight by the estimator.
 
         Args:
             rows: Detached, ``[R, N]``: a row for each scale.
+            grid: What it is measured for; by default that of the weights.
 
         Returns:
             float32 ``[R]``.
         """
-        rule, grid = self.rule, self.grid
+        rule, grid = self.rule, grid or self.grid
         assert rule is not None  # the planner gives both to every op that has parameters
         assert grid is not None
         if rule.statistic is None:

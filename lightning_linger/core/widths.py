@@ -96,12 +96,14 @@ def _change(
     symmetry = symmetry_of(config, platform, bits)
     grid = dataclasses.replace(quantizer.grid, bits=bits, symmetry=symmetry)
     before = quantizer.estimator
-    quantizer.grid = before.grid = grid
+    quantizer.grid = measured = grid
+    if quantizer.learned is not None:
+        quantizer.learned.change_grid(grid)
+        measured = quantizer.learned.start_grid
+    before.grid = measured
     range_ = config.range if known is None else known
     if range_ != before.kind:
         # What an engine knows of a result may depend on the width.
-        estimator = RangeEstimator(range_, quantizer.name, grid).to(before.range.device)
+        estimator = RangeEstimator(range_, quantizer.name, measured).to(before.range.device)
         quantizer.estimator = estimator.train(before.training)
-    if quantizer.learned is not None:
-        quantizer.learned.change_grid(grid)
     quantizer.thaw()

@@ -14,6 +14,7 @@ from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Scalar
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
+from lightning_linger.ops.parameters import not_finer
 
 
 def grouped_rows(weight: Tensor, granularity: str | int) -> Tensor:
@@ -46,8 +47,7 @@ def group_steps(site: Site, weight: Tensor, finest: Tensor | None) -> tuple[Tens
     assert grid is not None  # the planner gives one to every op that has parameters
     steps = grid.step(site.weights.reach(grouped_rows(weight, granularity)))
     steps = torch.maximum(steps, steps.amax() * 2.0 ** (grid.bits - WIDEST_OPERAND))
-    if finest is not None:
-        steps = torch.maximum(steps, grid.step(finest.amax() * grid.qmax))
+    steps = not_finer(grid, steps, finest if finest is None else finest.amax())
     steps = torch.as_tensor(site.weights.held("weight", steps))
     ones = [1] * (weight.dim() - 2)
     if isinstance(granularity, int):

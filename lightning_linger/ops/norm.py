@@ -344,7 +344,8 @@ class BatchNormOp(Op):
         )
         finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
         if finest is not None:
-            reach = torch.maximum(reach, (finest if by_channel else finest.amax()) * grid.qmax)
+            finest = finest if by_channel else finest.amax()
+            reach = torch.maximum(reach, finest * grid.steps_covered)
         step_a = grid.step(reach if by_channel else reach[0])
         step_a = torch.as_tensor(site.weights.held("weight", step_a))
         if "weights" not in site.floating:

@@ -356,9 +356,9 @@ class NormOp(KernelOp):
         learned = None if weight is None else site.weights.learned
         if learned is not None and weight is not None:
             wanted = learned_step(site, learned, weight.detach().reshape(1, -1))
-            absmax = wanted * grid.qmax
+            absmax = wanted * grid.steps_covered
         if finest is not None:
-            absmax = torch.maximum(absmax, finest.amax() * (grid.qmax + 1))
+            absmax = torch.maximum(absmax, finest.amax() * grid.steps_covered)
         step = grid.step_value(absmax.item()) if can_read(absmax) else grid.step(absmax)
         step = site.weights.held("weight", step)
         limits_w = (grid.qmin, grid.qmax)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.grid import Grid
 from lightning_linger.core.integer import float32_code_limits
 from lightning_linger.core.quantizer import readable
 from lightning_linger.core.ranges import LearnedScale
@@ -72,24 +73,36 @@ def weight_step(
     finest = finest if finest is None or per_channel else finest.amax()
     learned = site.weights.learned_scale(name)
     if learned is not None:
-        step = learned_step(site, learned, rows)
-        if finest is not None:
-            step = torch.maximum(step, grid.step(finest * grid.qmax))
+        step = not_finer(grid, learned_step(site, learned, rows), finest)
         return step if per_channel or not can_read(step) else step.item()
     reach = site.weights.reach(rows)
     if not per_channel:
         reach = reach[0]
     if finest is not None:
-        reach = torch.maximum(reach, finest * grid.qmax)
+        reach = torch.maximum(reach, finest * grid.steps_covered)
     if per_channel:
         return grid.step(reach)
     return grid.step_value(reach.item()) if can_read(reach) else grid.step(reach)
 
 
+def not_finer(grid: Grid, steps: Tensor, finest: Tensor | None) -> Tensor:
+    """Return steps of a grid, coarser where they are finer than allowed.
+
+    Args:
+        grid: The grid.
+        steps: What is asked for.
+        finest: Broadcasts to the steps; 0, and None, for no bound.
+    """
+    if finest is None:
+        return steps
+    bound = torch.where(finest > 0, grid.step(finest * grid.steps_covered), 0.0)
+    return torch.maximum(steps, bound)
+
+
 def learned_step(site: Site, learned: LearnedScale, rows: Tensor) -> Tensor:
     """Return a learned step; the first training step with gradients takes it over."""
     if not learned.started:
-        reach = site.weights.reach(rows)
+        reach = site.weights.reach(rows, learned.start_grid)
         if not (site.moves_weight_ranges and torch.is_grad_enabled()):
             return learned.step_of(reach)
         learned.follow(reach)

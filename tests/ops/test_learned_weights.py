@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_linger as linger
 from lightning_linger import QuantConfig
+from lightning_linger.core.instrumentation import instrumentation_of
 from tests.models import Lambda, assert_integer_exact, first_tensor
 
 
@@ -108,6 +109,50 @@ def test_every_weight_learns_and_integers_are_exact(name: str, granularity: str,
         assert all(p.dim() == 1 for p in weights.values())
     model.eval()
     assert_integer_exact(model, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kind"), [("tensor", "lsq"), ("tensor", "tqt"), ("channel", "lsq")]
+)
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_in_use_is_the_learned_one(
+    name: str, bits: int, granularity: str, kind: str
+) -> None:
+    model, inputs, _ = quantized(name, weight_range=kind, granularity=granularity, weight_bits=bits)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "bias" in path:
+                parameter.zero_()
+    model(*inputs)
+    compared = 0
+    for site in instrumentation_of(model).sites:
+        learned = {"weight": site.weights.learned, **dict(site.weights.learned_parts.items())}
+        for part, scale in learned.items():
+            if scale is not None:
+                assert torch.equal(site.weights.step_in_use(part), scale.step())
+                compared += 1
+    assert compared == CASES[name][2]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("kind", ["absmax", "lsq", "tqt"])
+def test_a_large_bias_fits_its_codes(kind: str, bits: int, granularity: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-4)
+        model[0].bias.copy_(torch.tensor([1.99, -1.7, 1.01]))
+    x = torch.randn(6, 4)
+    linger.prepare(model, (x,))
+    config = QuantConfig(
+        weight_range=kind, weight_bits=bits, bias_bits=16, output_bits=16, granularity=granularity
+    )
+    linger.quantize(model, config)
+    model(x).sum().backward()
+    model.eval()
+    assert torch.allclose(model(x), model[0].bias.expand(6, 3), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["attention", "gru", "layer-norm", "embedding", "prelu"])

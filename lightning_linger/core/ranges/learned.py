@@ -2,11 +2,14 @@
 
 Every kind has one parameter per scale. The forward is the integer grid's own, at the step that the
 parameter stands for; only the gradient differs. ``v = x / step`` is the value in codes, ``q`` its
-code, ``low`` and ``high`` the end codes and ``g`` the incoming gradient.
+code, and ``low`` and ``high`` are the end codes. A value is clipped where rounding alone would
+leave the codes: ``v < low - 1/2`` or ``v >= high + 1/2``. In the papers of LSQ and PACT the end
+codes clip already; of few codes, half of them idle behind a ReLU, that leaves hardly a gradient.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +25,8 @@ from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid
 # What a step may not fall below, whatever an optimizer does.
 SMALLEST_STEP = 2.0**MIN_EXPONENT
 
-
-@dataclass(frozen=True)
-class Slopes:
-    """The derivatives of a rounded value.
-
-    Args:
-        value: With respect to the value itself: 1 where it is not clipped (a mask).
-        parameter: With respect to the parameter, of the shape of the value.
-    """
-
-    value: Tensor
-    parameter: Tensor
+Interval = tuple[float, float]
+EVERYTHING: Interval = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -45,21 +38,24 @@ class LearnedKind:
         weight_start: Estimator of the first value for weights; None where the kind is not for them.
         parameter: Returns the parameter of a half-range.
         step: Returns the step of a parameter.
-        slopes: ``slopes(v, q, step, low, high)`` returns the derivatives.
+        slope: ``slope(v, q, inside, step)`` returns the derivative of the rounded value with
+            respect to the parameter; ``inside`` says where the value is not clipped.
         about: What the parameter is, for the documentation.
         normalized: Whether the parameter's gradient is scaled as LSQ asks (section 2.2).
         either_sign: Whether a parameter and its negative stand for the same step. An optimizer may
             move a narrow range across zero; if the sign counted, it would have no width then.
+        starts_free: Whether the first value is the one of a free scale, whatever the grid's.
     """
 
     start: str
     weight_start: str | None
     parameter: Callable[[Tensor, Grid], Tensor]
     step: Callable[[Tensor, Grid], Tensor]
-    slopes: Callable[[Tensor, Tensor, Any, Any, Any], Slopes]
+    slope: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     about: str
     normalized: bool = False
     either_sign: bool = False
+    starts_free: bool = False
 
 
 def _half_range(half: Tensor, grid: Grid) -> Tensor:
@@ -71,11 +67,9 @@ def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
 
 
-def _lsq_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
-    """LSQ, equation 3; its clipped values begin at the end codes themselves."""
-    below, above = v <= low, v >= high
-    slope = torch.where(below, low, torch.where(above, high, q - v))
-    return Slopes(~(below | above), slope)
+def _lsq_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
+    """LSQ, equation 3."""
+    return torch.where(inside, q - v, q)
 
 
 def _tqt_parameter(half: Tensor, grid: Grid) -> Tensor:
@@ -86,23 +80,18 @@ def _tqt_step(parameter: Tensor, grid: Grid) -> Tensor:
     return _power_of_two(torch.ceil(parameter) - (grid.bits - 1))
 
 
-def _tqt_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
+def _tqt_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
     """TQT, equations 6 to 8, with respect to log2 of the threshold."""
-    below, above = v < low - 0.5, v >= high + 0.5
-    slope = torch.where(below, low, torch.where(above, high, q - v))
-    return Slopes(~(below | above), slope * (step * math.log(2.0)))
+    return torch.where(inside, q - v, q) * (step * math.log(2.0))
 
 
 def _pact_step(parameter: Tensor, grid: Grid) -> Tensor:
     return grid.step(parameter.abs().clamp(min=SMALLEST_STEP * grid.qmax))
 
 
-def _pact_slopes(v: Tensor, q: Tensor, step: Any, low: Any, high: Any) -> Slopes:
+def _pact_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
     """PACT, equation 3, on both sides of a signed grid."""
-    below, above = v <= low, v >= high
-    negative = torch.as_tensor(low, device=v.device) < 0
-    slope = above.to(v.dtype) - (below & negative).to(v.dtype)
-    return Slopes(~(below | above), slope)
+    return torch.where(inside, 0.0, torch.sign(q))
 
 
 LEARNED: dict[str, LearnedKind] = {
@@ -111,17 +100,19 @@ LEARNED: dict[str, LearnedKind] = {
         "mse",
         _half_range,
         _lsq_step,
-        _lsq_slopes,
+        _lsq_slope,
         "the half-range, `qmax` steps; its sign does not count",
         normalized=True,
         either_sign=True,
+        # Its step is rounded to the next power of two, up or down.
+        starts_free=True,
     ),
     "tqt": LearnedKind(
         "ema_mse",
         "mse",
         _tqt_parameter,
         _tqt_step,
-        _tqt_slopes,
+        _tqt_slope,
         "log2 of the threshold; the step is a power of two",
     ),
     "pact": LearnedKind(
@@ -129,7 +120,7 @@ LEARNED: dict[str, LearnedKind] = {
         None,
         _half_range,
         _pact_step,
-        _pact_slopes,
+        _pact_slope,
         "the clipping value; its sign does not count",
         either_sign=True,
     ),
@@ -178,6 +169,12 @@ class LearnedScale(Float32State):
         self.started = True
         self.begun.fill_(True)
 
+    @property
+    def start_grid(self) -> Grid:
+        """The grid for which the first value is measured."""
+        free = self.kind.starts_free
+        return dataclasses.replace(self.grid, scale_kind="free") if free else self.grid
+
     def change_grid(self, grid: Grid) -> None:
         """Go on with the same half-range on a grid of another width."""
         self.grid = grid
@@ -207,6 +204,7 @@ class LearnedScale(Float32State):
         low: Bound,
         high: Bound,
         parameter: Tensor | None = None,
+        window: Interval = EVERYTHING,
     ) -> Tensor:
         """Return rounded values with the gradients of rounding, for values and parameter.
 
@@ -217,10 +215,11 @@ class LearnedScale(Float32State):
             rounded: ``step * q``.
             real: What was rounded.
             step: The step in use, which broadcasts to ``real``.
-            low: Smallest code.
-            high: Largest code.
+            low: Smallest code of the grid.
+            high: Largest code of the grid.
             parameter: The parameter in a shape that broadcasts to ``real``, if it has several
                 values.
+            window: What ``real`` was clamped into before it was rounded.
         """
         parameter = self.unsigned(self.value if parameter is None else parameter)
         own = self.kind.step(parameter.detach(), self.grid)
@@ -229,7 +228,7 @@ class LearnedScale(Float32State):
         if self.kind.normalized:
             scale = lsq_scale(real.numel() / self.value.numel(), self.grid.qmax)
         out: Tensor = _Carry.apply(
-            real, parameter, rounded.detach(), step, low, high, coarser, scale, self.name
+            real, parameter, rounded.detach(), step, low, high, window, coarser, scale, self.name
         )
         return out
 
@@ -256,6 +255,41 @@ def lsq_scale(shared: float, codes: int) -> float:
     return math.sqrt(codes / max(shared, 1.0))
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """Which values a window and a grid let through, in codes.
+
+    Attributes:
+        v: The values behind the window.
+        q: Their codes.
+        inside: Where the grid does not clip.
+        passes: Where a value has a gradient.
+    """
+
+    v: Tensor
+    q: Tensor
+    inside: Tensor
+    passes: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        real: Tensor,
+        rounded: Tensor,
+        step: Tensor,
+        low: Tensor,
+        high: Tensor,
+        window: Interval,
+    ) -> Clipping:
+        """Compare values with what they were rounded to (see :meth:`LearnedScale.carry`)."""
+        windowed = window != EVERYTHING
+        v, q = (real.clamp(*window) if windowed else real) / step, rounded / step
+        inside = (v >= low - 0.5) & (v < high + 0.5)
+        # At the edges themselves the window has no gradient, as ReLU has none at zero.
+        within = (real > window[0]) & (real < window[1]) if windowed else inside
+        return cls(v, q, inside, inside & within)
+
+
 class _Carry(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -266,6 +300,7 @@ class _Carry(torch.autograd.Function):
         step: Scalar,
         low: Bound,
         high: Bound,
+        window: Interval,
         coarser: Tensor,
         scale: float,
         kind: str,
@@ -275,17 +310,18 @@ class _Carry(torch.autograd.Function):
             for number in (step, low, high)
         ]
         ctx.save_for_backward(real, rounded, coarser, *numbers)
-        ctx.shape, ctx.scale, ctx.kind = parameter.shape, scale, kind
+        ctx.shape, ctx.window, ctx.scale, ctx.kind = parameter.shape, window, scale, kind
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         real, rounded, coarser, step, low, high = ctx.saved_tensors
-        slopes = LEARNED[ctx.kind].slopes(real / step, rounded / step, step, low, high)
+        at = Clipping.of(real, rounded, step, low, high, ctx.window)
         grad = grads[0]
-        total = (grad * slopes.parameter).float().sum_to_size(ctx.shape) * ctx.scale
+        slope = LEARNED[ctx.kind].slope(at.v, at.q, at.inside, step)
+        total = (grad * slope).float().sum_to_size(ctx.shape) * ctx.scale
         total = torch.where(coarser, total.clamp(max=0.0), total)
-        return grad * slopes.value, total, None, None, None, None, None, None, None
+        return grad * at.passes, total, None, None, None, None, None, None, None, None
 
 
 def _shifts(grid: Grid) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.fake_quantize import Bound, Scalar
 from lightning_linger.core.grid import Grid
-from lightning_linger.core.ranges.learned import LearnedScale
+from lightning_linger.core.ranges.learned import EVERYTHING, Clipping, Interval, LearnedScale
 
 # What learns an offset too, where there is one.
 AFFINE_KIND = "lsq"
@@ -66,19 +66,15 @@ class LearnedRange(LearnedScale):
         low: Bound,
         high: Bound,
         parameter: Tensor | None = None,
+        window: Interval = EVERYTHING,
     ) -> Tensor:
-        """Return rounded values with gradients for values, step and offset (see the base class).
-
-        An end that belongs to a clamping activation, not to the grid, moves neither of them.
-        """
+        """Return rounded values with gradients for values, step and offset (see the base class)."""
         codes = float(self.grid.qmax - self.grid.qmin)
         scale = 1.0 / math.sqrt(max(real.numel(), 1) * codes)
         scales = (scale * self.grid.qmax, scale)
-        at_step = torch.as_tensor(step, dtype=torch.float32, device=self.offset.device)
-        first = self.grid.qmin - self.zero_point(at_step)
         out: Tensor = _CarryOffset.apply(
             *(real, self.unsigned(self.value), self.offset, rounded.detach(), step, low, high),
-            *(first, first + codes, scales),
+            *(window, scales),
         )
         return out
 
@@ -94,28 +90,24 @@ class _CarryOffset(torch.autograd.Function):
         step: Scalar,
         low: Bound,
         high: Bound,
-        first: Tensor,
-        last: Tensor,
+        window: Interval,
         scales: tuple[float, float],
     ) -> Tensor:
         numbers = [
             torch.as_tensor(number, dtype=real.dtype, device=real.device)
-            for number in (step, low, high, first, last)
+            for number in (step, low, high)
         ]
         ctx.save_for_backward(real, rounded, *numbers)
-        ctx.scales = scales
+        ctx.window, ctx.scales = window, scales
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        real, rounded, step, low, high, first, last = ctx.saved_tensors
+        real, rounded, step, low, high = ctx.saved_tensors
         (grad,) = grads
-        v, q = real / step, rounded / step
-        below, above = v <= low, v >= high
-        inside = ~(below | above)
-        # Where the window ends before the grid does, the end stays where it is.
-        at_first, at_last = below & (low <= first), above & (high >= last)
-        slope = torch.where(inside, q - v, torch.where(at_last, last - first, 0.0))
+        at = Clipping.of(real, rounded, step, low, high, ctx.window)
+        # The upper end is the offset plus all steps, the lower end the offset alone.
+        slope = torch.where(at.inside, at.q - at.v, torch.where(at.v > 0, high - low, 0.0))
         of_step = (grad * slope).float().sum() * ctx.scales[0]
-        of_offset = (grad * (at_first | at_last)).float().sum() * ctx.scales[1]
-        return grad * inside, of_step, of_offset, None, None, None, None, None, None, None
+        of_offset = (grad * ~at.inside).float().sum() * ctx.scales[1]
+        return grad * at.passes, of_step, of_offset, None, None, None, None, None, None
