@@ -114,12 +114,19 @@ def test_every_weight_learns_and_integers_are_exact(name: str, granularity: str,
 @pytest.mark.parametrize(
     ("granularity", "kind"), [("tensor", "lsq"), ("tensor", "tqt"), ("channel", "lsq")]
 )
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("name", CASES)
 def test_the_step_in_use_is_the_learned_one(
-    name: str, bits: int, granularity: str, kind: str
+    name: str, bits: int, strict: bool, granularity: str, kind: str
 ) -> None:
-    model, inputs, _ = quantized(name, weight_range=kind, granularity=granularity, weight_bits=bits)
+    model, inputs, _ = quantized(
+        name,
+        weight_range=kind,
+        granularity=granularity,
+        weight_bits=bits,
+        strict_maximum=strict,
+    )
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "bias" in path:
