@@ -283,6 +283,18 @@ def test_lsq_starts_with_the_power_of_two_next_to_the_free_step(bits: int, size:
     assert steps[0] == 2.0 ** round(math.log2(steps[1]))
 
 
+@pytest.mark.parametrize("size", [1.0, 1.2, 1.4, 1.6, 1.8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_tqt_starts_with_the_power_of_two_of_least_squares(bits: int, size: float) -> None:
+    x = torch.randn(2000) * size
+    steps = set()
+    for kind, scale in (("tqt", "free"), ("tqt", "power_of_two"), ("ema_mse", "power_of_two")):
+        ours = Quantizer("x", Grid(bits, scale), kind)
+        ours(x, learn=True)
+        steps.add(float(ours.step()))
+    assert len(steps) == 1
+
+
 def test_what_does_not_learn_has_the_step_of_its_estimator() -> None:
     x = torch.randn(2000) * 1.25
     quantizers = [

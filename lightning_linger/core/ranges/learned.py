@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_linger.core.fake_quantize import Bound, Scalar
 from lightning_linger.core.float32_state import Float32State
-from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid
+from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid, ScaleKind
 
 # What a step may not fall below, whatever an optimizer does.
 SMALLEST_STEP = 2.0**MIN_EXPONENT
@@ -44,7 +44,7 @@ class LearnedKind:
         normalized: Whether the parameter's gradient is scaled as LSQ asks (section 2.2).
         either_sign: Whether a parameter and its negative stand for the same step. An optimizer may
             move a narrow range across zero; if the sign counted, it would have no width then.
-        starts_free: Whether the first value is the one of a free scale, whatever the grid's.
+        start_scale: For which scale the first value is measured; None for the grid's own.
     """
 
     start: str
@@ -55,7 +55,7 @@ class LearnedKind:
     about: str
     normalized: bool = False
     either_sign: bool = False
-    starts_free: bool = False
+    start_scale: ScaleKind | None = None
 
 
 def _half_range(half: Tensor, grid: Grid) -> Tensor:
@@ -104,8 +104,8 @@ LEARNED: dict[str, LearnedKind] = {
         "the half-range, `qmax` steps; its sign does not count",
         normalized=True,
         either_sign=True,
-        # Its step is rounded to the next power of two, up or down.
-        starts_free=True,
+        # Where its step is rounded to a power of two, it is to the next one, up or down.
+        start_scale="free",
     ),
     "tqt": LearnedKind(
         "ema_mse",
@@ -114,6 +114,7 @@ LEARNED: dict[str, LearnedKind] = {
         _tqt_step,
         _tqt_slope,
         "log2 of the threshold; the step is a power of two",
+        start_scale="power_of_two",
     ),
     "pact": LearnedKind(
         "ema_absmax",
@@ -172,8 +173,8 @@ class LearnedScale(Float32State):
     @property
     def start_grid(self) -> Grid:
         """The grid for which the first value is measured."""
-        free = self.kind.starts_free
-        return dataclasses.replace(self.grid, scale_kind="free") if free else self.grid
+        scale_kind = self.kind.start_scale or self.grid.scale_kind
+        return dataclasses.replace(self.grid, scale_kind=scale_kind)
 
     def change_grid(self, grid: Grid) -> None:
         """Go on with the same half-range on a grid of another width."""
@@ -286,8 +287,8 @@ class Clipping:
         v, q = (real.clamp(*window) if windowed else real) / step, rounded / step
         inside = (v >= low - 0.5) & (v < high + 0.5)
         # At the edges themselves the window has no gradient, as ReLU has none at zero.
-        within = (real > window[0]) & (real < window[1]) if windowed else inside
-        return cls(v, q, inside, inside & within)
+        passes = inside & (real > window[0]) & (real < window[1]) if windowed else inside
+        return cls(v, q, inside, passes)
 
 
 class _Carry(torch.autograd.Function):
