@@ -149,8 +149,6 @@ def _peers(names: Iterable[str], bits: tuple[int, ...]) -> tuple[Recipe, ...]:
 
 
 NETWORKS = ("digits", "sequence", "attention", "kws")
-# The spoken words take ten times as long as the others.
-SMALL = ("digits", "sequence", "attention")
 # `tflite` leaves the LSTM, and what attention does between its layers, in float.
 CONVOLUTIONAL = ("digits", "kws")
 MAIN_BITS, OTHER_BITS = (8, 4), (6, 3, 2)
@@ -173,10 +171,8 @@ PLAN: tuple[Step, ...] = (
     Step(NETWORKS, _all(BOTH, "PTQ", FURTHER_PTQ)),
     Step(CONVOLUTIONAL, _all(("tflite",), "PTQ", ("absmax",))),
     Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
-    Step(NETWORKS, _all(("linger",), "QAT", ("tqt",))),
-    Step(SMALL, _all(("onnxruntime",), "QAT", ("tqt",))),
-    Step(SMALL, _all(BOTH, "QAT", ("pact", "99.9%", "mse"))),
-    Step(("digits",), _all(("tflite",), "QAT", ("99.9%", "mse"))),
-    Step(NETWORKS, _all(("nics_fix",), "QAT", ("last_absmax",), MAIN_BITS)),
-    Step(SMALL, _all(("nics_fix",), "QAT", ("last_absmax",), OTHER_BITS)),
+    Step(NETWORKS, _all(BOTH, "QAT", ("tqt",))),
+    Step(NETWORKS, _all(("nics_fix",), "QAT", ("last_absmax",))),
+    Step(NETWORKS, _all(BOTH, "QAT", ("pact", "99.9%", "mse"))),
+    Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("99.9%", "mse"))),
 )
