@@ -79,8 +79,7 @@ class Quantizer(nn.Module):
         self.estimator = RangeEstimator(range, name, grid, factor)
         kind = self.estimator.rule.learned
         self.learned = _learned(kind, grid, name) if kind is not None and learns else None
-        if self.learned is not None:
-            self.estimator.grid = self.learned.start_grid
+        self.estimator.grid = self.measured_grid
         # For reports: a platform may have made the step coarser than the range asks for.
         self.latest_step: float | None = None
         self._frozen_step: float | None = None
@@ -95,6 +94,11 @@ class Quantizer(nn.Module):
     def known(self) -> bool:
         """Whether a range has been seen, so that the quantizer can be used."""
         return self.estimator.known
+
+    @property
+    def measured_grid(self) -> Grid:
+        """The grid that the estimator measures for."""
+        return self.grid if self.learned is None else self.learned.start_grid
 
     @property
     def settled(self) -> bool:

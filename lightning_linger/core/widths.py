@@ -96,11 +96,10 @@ def _change(
     symmetry = symmetry_of(config, platform, bits)
     grid = dataclasses.replace(quantizer.grid, bits=bits, symmetry=symmetry)
     before = quantizer.estimator
-    quantizer.grid = measured = grid
+    quantizer.grid = grid
     if quantizer.learned is not None:
         quantizer.learned.change_grid(grid)
-        measured = quantizer.learned.start_grid
-    before.grid = measured
+    before.grid = measured = quantizer.measured_grid
     range_ = config.range if known is None else known
     if range_ != before.kind:
         # What an engine knows of a result may depend on the width.

@@ -31,7 +31,7 @@ from lightning_linger.ops.folding import (
     running_statistics,
     update_running,
 )
-from lightning_linger.ops.parameters import bias_headroom, finest_for_bias, on_grid
+from lightning_linger.ops.parameters import bias_headroom, finest_for_bias, not_finer, on_grid
 from lightning_linger.ops.prepared import versions_of
 from lightning_linger.ops.results import (
     IntegerResult,
@@ -343,10 +343,9 @@ class BatchNormOp(Op):
             alpha.detach().reshape(-1, 1) if by_channel else alpha.detach()[None]
         )
         finest = finest_for_bias(beta, step_x, site.config.bias_bits, bias_headroom(site))
-        if finest is not None:
-            finest = finest if by_channel else finest.amax()
-            reach = torch.maximum(reach, finest * grid.steps_covered)
-        step_a = grid.step(reach if by_channel else reach[0])
+        if finest is not None and not by_channel:
+            finest = finest.amax()
+        step_a = not_finer(grid, grid.step(reach if by_channel else reach[0]), finest)
         step_a = torch.as_tensor(site.weights.held("weight", step_a))
         if "weights" not in site.floating:
             limits_a = (grid.qmin, grid.qmax)

@@ -30,7 +30,10 @@ def test_values_enter_and_leave_integers_once(tmp_path):
 
 def test_outputs_come_in_the_order_of_the_forward(tmp_path):
     x = image()
-    run = lambda m, x: {"z": m.conv(x), "a": (m.layer(x), None, 3), "same": x}  # noqa: E731
+
+    def run(m, x):
+        return {"z": m.conv(x), "a": (m.layer(x), None, 3), "same": x}
+
     model = quantized(conv_model(run, layer=nn.Conv2d(4, 4, 3)), x)
     proto = exported(model, tmp_path, x)
     assert [v.name for v in proto.graph.output] == ["z", "a_0", "same"]

@@ -129,7 +129,10 @@ NARROW = {"weight_bits": 4, "activation_bits": 4, "output_bits": 4}
 @pytest.mark.parametrize("fields", [WIDE, NARROW, {"weight_bits": 5}], ids=str)
 def test_widths(tmp_path, fields):
     x = image()
-    run = lambda m, x: m.layer(F.max_pool2d(F.relu(m.conv(x)), 2))  # noqa: E731
+
+    def run(m, x):
+        return m.layer(F.max_pool2d(F.relu(m.conv(x)), 2))
+
     model = quantized(conv_model(run, layer=nn.Conv2d(4, 4, 2)), x, **fields)
     proto = exported(model, tmp_path, x)
     # The engine takes the name of a width literally, and saturates at whole bytes.

@@ -97,6 +97,18 @@ def test_changed_is_planned(name: str, platform: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["lsq", "tqt", "pact"])
+def test_changed_is_planned_with_learned_ranges(kind: str, platform: str) -> None:
+    changed, _ = quantized("resnet", QuantConfig(platform=platform, range=kind))
+    change_model_bits(changed, BITS)
+    planned, _ = quantized("resnet", QuantConfig(platform=platform, range=kind, **BITS))
+    sites = zip(instrumentation_of(changed).sites, instrumentation_of(planned).sites, strict=True)
+    for site, twin in sites:
+        assert plan_of(site) == plan_of(twin), site.key
+
+
+@torch.no_grad()
 def test_a_layer_keeps_what_an_override_gives_it() -> None:
     overrides = {"stem": {"weight_bits": 5}, "fc": {"output_bits": None}}
     model, _ = quantized("resnet", QuantConfig(), overrides=overrides)
