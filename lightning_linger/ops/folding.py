@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.fake_quantize import fake_quantize
+from lightning_linger.core.fake_quantize import fake_quantize, quantize_codes
+from lightning_linger.core.integer import float32_code_limits
+from lightning_linger.core.quantizer import readable
 
 if TYPE_CHECKING:
     from lightning_linger.core.fake_quantize import Scalar
@@ -31,21 +33,26 @@ class Folded:
         site: The layer's site; None if nothing is left to do.
         dtype: The dtype the model expects of the result.
         scale: ``[C]``, what each output channel of the convolution was multiplied with.
+        beta: ``[C]``, the batch norm's bias, moved by what the folded bias loses where it is
+            limited and rounded.
         conv_bias: The layer's own bias, which batch statistics cancel.
-        silent: ``[C]``, channels whose quantized folded weight vanished: they give ``beta`` and
-            keep the gradient of the unfolded layer.
+        silent: ``[C]``, channels whose quantized folded weight vanished: they give ``beta``, have
+            no mean but the layer's own bias, and keep the gradient of the unfolded layer.
         statistics: Mean and biased variance of the batch, if the layer computed them itself.
-        product: Step of the accumulator.
+        product: Step of the accumulator, or ``[C]`` of its channels.
+        in_codes: Whether the chip's result is a sum of integers, at the step of the accumulator.
         quantized: Whether the output is to be quantized.
     """
 
     site: Site | None = None
     dtype: torch.dtype = torch.float32
     scale: Tensor | None = None
+    beta: Tensor | None = None
     conv_bias: Tensor | None = None
     silent: Tensor | None = None
     statistics: tuple[Tensor, Tensor] | None = None
     product: Scalar | None = None
+    in_codes: bool = False
     quantized: bool = False
 
 
@@ -139,6 +146,8 @@ class _ScaledBatchNorm(torch.autograd.Function):
 
     Scaling a channel by ``s`` scales its variance by ``s^2``; with ``eps * s^2`` in place of
     ``eps`` the normalized value is that of the unscaled channel, exactly, for any ``s``.
+
+    With a step the result is rounded to it, and the gradient is the one without.
     """
 
     @staticmethod
@@ -149,6 +158,7 @@ class _ScaledBatchNorm(torch.autograd.Function):
         bias: Tensor,
         eps: Tensor,
         silent: Tensor | None,
+        step: Scalar | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = _statistics(y)
         variance = var + eps
@@ -156,6 +166,8 @@ class _ScaledBatchNorm(torch.autograd.Function):
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         gain = weight if silent is None else torch.where(silent, torch.zeros_like(weight), weight)
         out = F.batch_norm(y, mean, variance, gain, bias, False, 0.0, 0.0)
+        if step is not None:
+            out = on_accumulator(out, step)
         ctx.save_for_backward(y, weight, mean, torch.rsqrt(variance))
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -175,7 +187,15 @@ class _ScaledBatchNorm(torch.autograd.Function):
             0.0,
             [True, True, True],
         )
-        return dy, dweight, dbias, None, None
+        return dy, dweight, dbias, None, None, None
+
+
+def on_accumulator(y: Tensor, step: Scalar) -> Tensor:
+    """Round a result to the step of its accumulator, or those of its channels, in place."""
+    if isinstance(step, Tensor) and step.dim() > 0:
+        step = step.view(-1, *[1] * (y.dim() - 2))
+    limits = float32_code_limits(32)
+    return quantize_codes(y, readable(step), *limits, "half_up", overwrite=True).mul_(step)
 
 
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +217,7 @@ def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_scaled(
-    y: Tensor, folded: Folded, gamma: Tensor, bias: Tensor, eps: float
+    y: Tensor, folded: Folded, gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Finish a folded layer: batch norm straight on the output of the scaled convolution.
 
@@ -205,14 +225,22 @@ def normalize_scaled(
         The result, and the mean and biased variance of the *unscaled* convolution (own bias
         left out).
     """
-    scale = folded.scale
-    if scale is None:
-        msg = "internal: a scaled convolution without its scale."
+    scale, silent = folded.scale, folded.silent
+    if scale is None or folded.beta is None:
+        msg = "internal: a scaled convolution without its scale or its bias."
         raise RuntimeError(msg)
     scale = scale.to(y.dtype)
     weight = gamma * torch.sign(scale)
-    out, mean, var = _ScaledBatchNorm.apply(y, weight, bias, eps * scale.square(), folded.silent)
-    return out, mean / scale, var / scale.square()
+    out, mean, var = _ScaledBatchNorm.apply(
+        y,
+        weight,
+        folded.beta,
+        eps * scale.square(),
+        silent,
+        folded.product if folded.in_codes else None,
+    )
+    mean = mean / scale
+    return out, mean if silent is None else mean.masked_fill(silent, 0.0), var / scale.square()
 
 
 @torch.no_grad()

@@ -191,9 +191,7 @@ class BatchNormOp(Op):
             if site.training or (capturing() and _PREPARED not in site.prepared):
                 alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
                 y = _scale_shift(x, alpha, beta)
-                product = step_x * step_a
-                widest = product.amax() if isinstance(product, Tensor) else product
-                return finish(site, y, widest, True, tag.dtype)
+                return finish(site, y, step_x * step_a, True, tag.dtype)
             prepared = self._prepare(site, call, tag)
             if site.fixed_point and tag.rounded and not site.floating:
                 return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
@@ -272,14 +270,7 @@ class BatchNormOp(Op):
             statistics = folded.statistics
         else:
             gamma = full(call.weight) if call.weight is not None else y.new_ones(y.shape[1])
-            beta = full(call.bias) if call.bias is not None else torch.zeros_like(gamma)
-            bias = self._limited_bias(site, call, folded, gamma, beta)
-            if folded.quantized:
-                bias = site.with_rounded_gradient("bias", bias)
-            if folded.conv_bias is not None:
-                # Batch statistics cancel it; DDP still expects a gradient, which is zero.
-                bias = bias + 0.0 * full(folded.conv_bias)
-            y, mean, var = normalize_scaled(y, folded, gamma, bias, call.eps)
+            y, mean, var = normalize_scaled(y, folded, gamma, call.eps)
             statistics = (mean, var)
         if call.running_mean is not None and call.running_var is not None:
             update_running(
@@ -291,21 +282,6 @@ class BatchNormOp(Op):
                 call.momentum,
             )
         return finish(site, y, folded.product, folded.quantized, folded.dtype)
-
-    def _limited_bias(
-        self, site: Site, call: BatchNormCall, folded: Folded, gamma: Tensor, beta: Tensor
-    ) -> Tensor:
-        """Return ``beta`` moved by what limiting the folded bias takes off."""
-        limits = site.active_limits
-        if limits is None or limits.bias is None or call.running_mean is None:
-            return beta
-        assert call.running_var is not None
-        factor = gamma * torch.rsqrt(call.running_var + call.eps)
-        centre = (
-            -call.running_mean if folded.conv_bias is None else folded.conv_bias - call.running_mean
-        )
-        bias = beta + centre * factor
-        return limited(bias, limits.bias, limits.gradient) + (beta - bias)
 
     # --- standalone -------------------------------------------------------------------------
 

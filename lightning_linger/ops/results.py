@@ -74,10 +74,12 @@ def finish(
     Args:
         site: The layer.
         y: Its result, float64 where float32 could not hold the accumulator.
-        product: Step of the accumulator, None if not quantized.
+        product: Step of the accumulator, or those of its channels; None if not quantized.
         quantized: Whether the layer is quantized now.
         dtype: The dtype the model expects.
     """
+    if isinstance(product, Tensor):
+        product = product.amax()
     limits = site.active_limits
     static = limits is not None and limits.output is not None and limits.output.kind == "static"
     if not (quantized and site.output is not None and static):

@@ -104,9 +104,9 @@ class WeightedOp(Op, ABC):
         """Run folded and limited, not quantized."""
         call = with_image(site, call)
         if site.active_fold is None:
-            return self._run(site, call, call.input, None, call.input.dtype)
+            return self._run(site, call, call.input, None)
         with without_autocast(call.input.device.type):
-            return self._run(site, call, full(call.input), None, call.input.dtype)
+            return self._run(site, call, full(call.input), None)
 
     def run_fake(self, site: Site, call: Any) -> Any:
         """Run on the integer grid in floating point."""
@@ -119,7 +119,7 @@ class WeightedOp(Op, ABC):
                 return NotImplemented
             tag = tag_held_by(x)
             if site.training:
-                return self._run(site, call, full(x), tag.step, tag.dtype)
+                return self._run(site, call, full(x), tag)
             return self._evaluate(site, call, full(x), tag)
 
     def run_integer(self, site: Site, call: Any) -> Any:
@@ -170,17 +170,17 @@ class WeightedOp(Op, ABC):
 
     # --- training ---------------------------------------------------------------------------
 
-    def _run(
-        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
-    ) -> Tensor:
+    def _run(self, site: Site, call: Any, x: Tensor, tag: Tag | None) -> Tensor:
+        """Run in float, or on a grid if the input has the tag of one."""
         bn: Any = site.active_fold
+        step_x, dtype = (None, call.input.dtype) if tag is None else (tag.step, tag.dtype)
         if bn is None or not (uses_batch_statistics(bn) and site.switches.fuse_mode != "frozen"):
             parameters = self._parameters(site, call, step_x)
             y = self._finish(site, call, x, parameters, step_x, dtype)
             return mark_folded(y, COMPLETE) if bn is not None else y
         if site.switches.fuse_mode == "batch":
             return self._run_batch_folded(site, call, x, step_x, dtype)
-        return self._run_scaled(site, call, x, step_x, dtype)
+        return self._run_scaled(site, call, x, tag, dtype)
 
     def _finish(
         self,
@@ -195,14 +195,7 @@ class WeightedOp(Op, ABC):
         quantized = step_x is not None
         # Without quantization or folding autocast may be on, and decides the dtype.
         wanted = dtype if quantized or site.active_fold is not None else y.dtype
-        return finish(site, y, self._product(step_x, parameters.step), quantized, wanted)
-
-    def _product(self, step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
-        """Return the (coarsest) step of the accumulator."""
-        if step_x is None or step_w is None:
-            return None
-        product = step_x * step_w
-        return product.amax() if isinstance(product, Tensor) else product
+        return finish(site, y, _product(step_x, parameters.step), quantized, wanted)
 
     def _run_batch_folded(
         self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
@@ -212,8 +205,7 @@ class WeightedOp(Op, ABC):
         mean, var = batch_statistics(plain)
         factor = gamma_of(bn) * torch.rsqrt(var + bn.eps)
         bias = beta_of(bn) - mean * factor
-        if call.bias is not None:
-            bias = bias + 0.0 * full(call.bias)  # see BatchNormOp: a gradient of zero, for DDP
+        bias = _with_zero_gradient_for(call.bias, bias)
         weight = full(call.weight) * self.per_channel(call, factor)
         parameters = self._constrained(site, call, weight, bias, step_x)
         y = self.apply(call, x, parameters.weight, parameters.bias)
@@ -222,24 +214,31 @@ class WeightedOp(Op, ABC):
             conv_bias=call.bias,
             dtype=dtype,
             statistics=(mean.detach(), var.detach()),
-            product=self._product(step_x, parameters.step),
+            product=_product(step_x, parameters.step),
             quantized=step_x is not None,
         )
         return mark_folded(y, folded)
 
     def _run_scaled(
-        self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
+        self, site: Site, call: Any, x: Tensor, tag: Tag | None, dtype: torch.dtype
     ) -> Tensor:
         bn: Any = site.active_fold
+        step_x = None if tag is None else tag.step
         with torch.no_grad():
             inv_sigma = torch.rsqrt(full(bn.running_var) + bn.eps)
+            mean = full(bn.running_mean)
             if capturing():
-                inv_sigma = snapshot(inv_sigma)
+                inv_sigma, mean = snapshot(inv_sigma), snapshot(mean)
             factor = gamma_of(bn) * inv_sigma
             faint = factor.abs() < TINY_FACTOR
+            own_bias = None if call.bias is None else call.bias.detach()
         own_weight = full(call.weight)
         scaled = own_weight * self.per_channel(call, factor)
-        constrained = self._constrained(site, call, scaled, None, step_x)
+        bias = running_bias(bn, mean, own_bias, factor)
+        constrained = self._constrained(site, call, scaled, bias, step_x)
+        assert constrained.bias is not None
+        # The statistics of the batch replace the running ones, but not what the chip's bias loses.
+        beta = straight_through(beta_of(bn) + (constrained.bias - bias), constrained.bias)
         silent = None
         if step_x is not None:
             faint = faint | (self.channel_reduce(call, constrained.weight.detach(), "amax") == 0)
@@ -250,13 +249,16 @@ class WeightedOp(Op, ABC):
             unfolded = own_weight * self.per_channel(call, inv_sigma)
             weight = torch.where(self.per_channel(call, faint), unfolded, weight)
         y = self.apply(call, x, weight, None)
+        rounded = tag is not None and tag.rounded and not site.floating
         folded = Folded(
             site=site,
             dtype=dtype,
             scale=scale,
+            beta=_with_zero_gradient_for(call.bias, beta),
             conv_bias=call.bias,
             silent=silent,
-            product=self._product(step_x, constrained.step),
+            product=_product(step_x, constrained.step),
+            in_codes=rounded and not site.gives_real_results,
             quantized=step_x is not None,
         )
         return mark_folded(y, folded)
@@ -341,7 +343,7 @@ class WeightedOp(Op, ABC):
             y = self.apply(
                 call, x.double(), weight.double(), None if bias is None else bias.double()
             )
-        y = finish(site, y, self._product(tag.step, max(prepared.steps)), True, tag.dtype)
+        y = finish(site, y, tag.step * max(prepared.steps), True, tag.dtype)
         return mark_folded(y, COMPLETE) if site.active_fold is not None else y
 
     def _evaluate_kernel(
@@ -379,6 +381,16 @@ class WeightedOp(Op, ABC):
             found = prepare_weights(site, call, tag, parameters, self)
         site.prepared["weights"] = found
         return found
+
+
+def _product(step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
+    """Return the step of the accumulator, or those of its channels."""
+    return None if step_x is None or step_w is None else step_x * step_w
+
+
+def _with_zero_gradient_for(parameter: Tensor | None, x: Tensor) -> Tensor:
+    """Return ``x``, which a parameter does not move: DDP expects a gradient of it all the same."""
+    return x if parameter is None else x + 0.0 * full(parameter)
 
 
 def with_image(site: Site, call: Any) -> Any:

@@ -367,6 +367,99 @@ def test_a_channel_whose_codes_vanish_is_silent_in_training_too() -> None:
     assert torch.equal(model(x)[:, [1, 3]], y[:, [1, 3]])
 
 
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_training_on_statistics_of_the_batch_has_the_bits_of_evaluation_on_the_same(
+    platform: str, bits: int, bias: bool
+) -> None:
+    """Few bits make coarse accumulators, which round biases and take the sums to ties."""
+    torch.manual_seed(bits)
+    # A large epsilon keeps the codes of the weights from moving with the variance they lead to.
+    norms = [nn.BatchNorm2d(8, eps=1e4, momentum=1.0) for _ in range(2)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 50.0, 150.0)
+        nn.init.normal_(norm.bias)
+    model = Chain(
+        nn.Conv2d(3, 8, 3, bias=bias),
+        norms[0],
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, bias=bias),
+        norms[1],
+        nn.ReLU(),
+    )
+    x = torch.randn(32, 3, 10, 10)
+    config = linger.QuantConfig(
+        platform=platform, weight_bits=bits, activation_bits=bits, output_bits=bits
+    )
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))), config)
+    with torch.no_grad():
+        model(x)
+        linger.freeze_ranges(model)
+        for _ in range(3):
+            trained_on = model(x)
+        assert torch.equal(model.eval()(x), trained_on)
+    assert trained_on.unique().numel() > 1
+    assert_integer_exact(model, x)
+
+
+def test_training_feels_what_rounding_takes_off_the_folded_bias() -> None:
+    torch.manual_seed(7)
+    norm = nn.BatchNorm2d(6, momentum=0.0)
+    model = Chain(nn.Conv2d(64, 6, 1), norm)
+    nn.init.normal_(norm.running_mean)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(16, 64, 24, 24)
+    config = linger.QuantConfig(weight_bits=2, activation_bits=3, output_bits=16)
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))), config)
+    with torch.no_grad():
+        model(x)
+        found = model(x).mean(dim=(0, 2, 3))
+    site = site_of(model, "net.0/conv2d/0")
+    product = float(next(iter(site.inputs.values())).step()) * float(
+        site.weights.latest_steps["weight"]
+    )
+    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    bias = norm.bias + (model.net[0].bias - norm.running_mean) * factor
+    lost = (bias / product + 0.5).floor() * product - bias
+    assert lost.abs().max() > 0.25 * product
+    assert (found - norm.bias - lost).abs().max() < 0.1 * product
+
+
+def test_the_gradient_passes_the_rounding_of_the_accumulator() -> None:
+    torch.manual_seed(6)
+    plain = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
+    model = copy.deepcopy(plain)
+    x = torch.randn(8, 4, 6, 6)
+    config = linger.QuantConfig(weight_bits=3, activation_bits=8, output_bits=16)
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))), config)
+    target = torch.randn(8, 6, 4, 4)
+    for net in (plain, model):
+        (net(x) * target).sum().backward()
+    torch.testing.assert_close(model.net[1].bias.grad, plain.net[1].bias.grad)
+    torch.testing.assert_close(
+        model.net[1].weight.grad, plain.net[1].weight.grad, rtol=0.3, atol=3.0
+    )
+
+
+def test_a_silent_channel_has_no_mean_but_the_bias_of_its_layer() -> None:
+    """What evaluation adds to codes that are all zero is then beta, as in training."""
+    torch.manual_seed(3)
+    model = Chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, momentum=1.0))
+    with torch.no_grad():
+        model.net[1].weight[1] = 2e-3
+        model.net[1].bias[1] = 0.5
+    x = torch.randn(8, 4, 6, 6) + 1.0
+    config = linger.QuantConfig(weight_bits=4, output_bits=16)
+    linger.quantize(linger.fuse_bn(linger.prepare(model, (x,))), config)
+    model(x)
+    assert model.net[1].running_mean[1] == model.net[0].bias[1]
+    assert (model.net[1].running_mean[0] - model.net[0].bias[0]).abs() > 0.01
+    assert model.net[1].running_var[1] > 0.01
+    y = model.eval()(x)
+    assert torch.equal(y[:, 1], torch.full_like(y[:, 1], 0.5))
+
+
 def test_a_constant_channel_without_epsilon() -> None:
     model = Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, eps=0.0))
     with torch.no_grad():
