@@ -419,6 +419,12 @@ class Site(Float32State):
         return self.platform is not None and self.platform.fixed_point
 
     @property
+    def rounds_twice(self) -> bool:
+        """Whether the engine rounds a product before it shifts it, and then again."""
+        rounding = None if self.platform is None else self.platform.multiplier_rounding
+        return self.fixed_point and rounding == "double"
+
+    @property
     def platform_name(self) -> str:
         """Name of the platform, for the attributes of integer ops."""
         return self.platform.name if self.platform else ""

@@ -39,7 +39,7 @@ class Folded:
         silent: ``[C]``, channels whose quantized folded weight vanished: they give ``beta``, have
             no mean but the layer's own bias, and keep the gradient of the unfolded layer.
         statistics: Mean and biased variance of the batch, if the layer computed them itself.
-        product: Step of the accumulator, or ``[C]`` of its channels.
+        product: Step of the accumulator, or those of its channels as they broadcast to the result.
         in_codes: Whether the chip's result is a sum of integers, at the step of the accumulator.
         quantized: Whether the output is to be quantized.
     """
@@ -191,9 +191,7 @@ class _ScaledBatchNorm(torch.autograd.Function):
 
 
 def on_accumulator(y: Tensor, step: Scalar) -> Tensor:
-    """Round a result to the step of its accumulator, or those of its channels, in place."""
-    if isinstance(step, Tensor) and step.dim() > 0:
-        step = step.view(-1, *[1] * (y.dim() - 2))
+    """Round a result to the step of its accumulator, which broadcasts to it, in place."""
     limits = float32_code_limits(32)
     return quantize_codes(y, readable(step), *limits, "half_up", overwrite=True).mul_(step)
 

@@ -191,7 +191,7 @@ class BatchNormOp(Op):
             if site.training or (capturing() and _PREPARED not in site.prepared):
                 alpha, beta, step_a = self._quantized_affine(site, call, x, step_x)
                 y = _scale_shift(x, alpha, beta)
-                return finish(site, y, step_x * step_a, True, tag.dtype)
+                return finish(site, y, _along_channels(step_x * step_a, x), True, tag.dtype)
             prepared = self._prepare(site, call, tag)
             if site.fixed_point and tag.rounded and not site.floating:
                 return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
@@ -362,8 +362,11 @@ class BatchNormOp(Op):
 
 
 def _scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    shape = (1, -1, *([1] * (x.dim() - 2)))
-    return x * alpha.view(shape) + beta.view(shape)
+    return x * _along_channels(alpha, x) + _along_channels(beta, x)
+
+
+def _along_channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *([1] * (x.dim() - 2)))
 
 
 def _with_rounded_gradients(site: Site, call: BatchNormCall) -> BatchNormCall:

@@ -74,12 +74,12 @@ def finish(
     Args:
         site: The layer.
         y: Its result, float64 where float32 could not hold the accumulator.
-        product: Step of the accumulator, or those of its channels; None if not quantized.
+        product: Step of the accumulator, or those of its channels as they broadcast to ``y``; None
+            if not quantized.
         quantized: Whether the layer is quantized now.
         dtype: The dtype the model expects.
     """
-    if isinstance(product, Tensor):
-        product = product.amax()
+    coarsest = product.amax() if isinstance(product, Tensor) else product
     limits = site.active_limits
     static = limits is not None and limits.output is not None and limits.output.kind == "static"
     if not (quantized and site.output is not None and static):
@@ -89,14 +89,35 @@ def finish(
             site.watch_result(y)
         return y.to(dtype)
     if site.output is None:
-        if site.config is not None and site.config.output_bits == 32 and product is not None:
-            return _accumulator_output(site, y, product, dtype)
+        if site.config is not None and site.config.output_bits == 32 and coarsest is not None:
+            return _accumulator_output(site, y, coarsest, dtype)
         return y.to(dtype)
     cap = limits.output.value if static and limits and limits.output else math.inf
     if site.learning:
         site.output.observe(y, cap)
-    step = site.output.step(minimum_step(site, product))
+    step = site.output.step(minimum_step(site, coarsest))
+    if product is not None and site.training and site.rounds_twice:
+        y = y + outward_by_rounding_twice(y.detach(), product, step)
     return site.output.round(y, step, dtype, overwrite=not capturing())
+
+
+def outward_by_rounding_twice(y: Tensor, product: Scalar, step: Scalar) -> Tensor:
+    """Return what makes one rounding of real values the two of a fixed-point engine.
+
+    The engine rounds ``acc * m / 2^31`` to steps that are ``2^-n`` of the result's, and these to
+    the result's (:mod:`lightning_linger.core.fixed_point`). Values just inside the middle of two
+    codes are taken onto it first and outward then: it is as if they were half a finer step further
+    out. The fewer bits, the smaller is ``n``.
+
+    Args:
+        y: Real values of any shape.
+        product: Step of the accumulator, which broadcasts to ``y``.
+        step: Step of the result.
+    """
+    ratio = torch.as_tensor(product / step, dtype=y.dtype, device=y.device)
+    exponent = torch.frexp(ratio).exponent
+    half = torch.ldexp(torch.full_like(ratio, 0.5), exponent) * step
+    return torch.copysign(torch.where(exponent < 0, half, 0.0), y)
 
 
 def finish_codes(

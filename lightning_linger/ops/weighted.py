@@ -195,7 +195,16 @@ class WeightedOp(Op, ABC):
         quantized = step_x is not None
         # Without quantization or folding autocast may be on, and decides the dtype.
         wanted = dtype if quantized or site.active_fold is not None else y.dtype
-        return finish(site, y, _product(step_x, parameters.step), quantized, wanted)
+        return finish(site, y, self._product(call, step_x, parameters.step), quantized, wanted)
+
+    def _product(self, call: Any, step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
+        """Return the step of the accumulator, or those of its channels, along the result."""
+        if step_x is None or step_w is None:
+            return None
+        product = step_x * step_w
+        if isinstance(product, Tensor) and product.dim() > 0:
+            return self.along_output(call, product)
+        return product
 
     def _run_batch_folded(
         self, site: Site, call: Any, x: Tensor, step_x: Scalar | None, dtype: torch.dtype
@@ -214,7 +223,7 @@ class WeightedOp(Op, ABC):
             conv_bias=call.bias,
             dtype=dtype,
             statistics=(mean.detach(), var.detach()),
-            product=_product(step_x, parameters.step),
+            product=self._product(call, step_x, parameters.step),
             quantized=step_x is not None,
         )
         return mark_folded(y, folded)
@@ -257,7 +266,7 @@ class WeightedOp(Op, ABC):
             beta=_with_zero_gradient_for(call.bias, beta),
             conv_bias=call.bias,
             silent=silent,
-            product=_product(step_x, constrained.step),
+            product=self._product(call, step_x, constrained.step),
             in_codes=rounded and not site.gives_real_results,
             quantized=step_x is not None,
         )
@@ -381,11 +390,6 @@ class WeightedOp(Op, ABC):
             found = prepare_weights(site, call, tag, parameters, self)
         site.prepared["weights"] = found
         return found
-
-
-def _product(step_x: Scalar | None, step_w: Scalar | None) -> Scalar | None:
-    """Return the step of the accumulator, or those of its channels."""
-    return None if step_x is None or step_w is None else step_x * step_w
 
 
 def _with_zero_gradient_for(parameter: Tensor | None, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_linger.core.fixed_point import (
     wrapped,
 )
 from lightning_linger.ops import tflite
+from lightning_linger.ops.results import outward_by_rounding_twice
 
 FILE = Path(__file__).parents[1] / "data" / "golden" / "tflite_probe.txt.gz"
 ALL_CODES = torch.arange(-128, 128)
@@ -195,6 +196,27 @@ def test_row66_multipliers_per_channel(pairs: list[tuple[int, float]]) -> None:
         for value, real in pairs
     ]
     assert found.tolist() == one_by_one
+
+
+@given(
+    accumulators=st.lists(st.integers(-400, 400), min_size=1, max_size=40),
+    ratios=st.lists(st.floats(1e-3, 3.0), min_size=1, max_size=4),
+)
+def test_row66_training_rounds_real_values_as_the_engine_does_twice(
+    accumulators: list[int], ratios: list[float]
+) -> None:
+    x = torch.tensor(accumulators)[:, None]
+    m, shift = quantize_multipliers(ratios, x)
+    expected = multiply_by_quantized_multiplier(x, m, shift)
+    step = 0.75
+    product = torch.tensor(ratios, dtype=torch.float64) * step
+    real = x * product
+    moved = real + outward_by_rounding_twice(real, product, step)
+    codes = torch.trunc(moved / step + torch.copysign(torch.tensor(0.5).double(), moved))
+    # Where a rounding is all but a tie, the multiplier's 31 bits decide.
+    finer = real / step * 2.0 ** (-shift).clamp(min=0)
+    clear = (finer.abs() % 1.0 - 0.5).abs() > 1e-5
+    assert torch.equal(codes[clear].long(), expected[clear])
 
 
 def test_row66_a_product_beyond_a_register_wraps() -> None:

@@ -367,7 +367,7 @@ def test_a_channel_whose_codes_vanish_is_silent_in_training_too() -> None:
     assert torch.equal(model(x)[:, [1, 3]], y[:, [1, 3]])
 
 
-@pytest.mark.parametrize("platform", ["venusa", "onnxruntime"])
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime", "tflite"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_training_on_statistics_of_the_batch_has_the_bits_of_evaluation_on_the_same(
