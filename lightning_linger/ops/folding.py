@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
-from lightning_linger.core.fake_quantize import fake_quantize, quantize_codes
-from lightning_linger.core.integer import float32_code_limits
-from lightning_linger.core.quantizer import readable
+from lightning_linger.core.fake_quantize import fake_quantize
 
 if TYPE_CHECKING:
     from lightning_linger.core.fake_quantize import Scalar
@@ -147,7 +145,7 @@ class _ScaledBatchNorm(torch.autograd.Function):
     Scaling a channel by ``s`` scales its variance by ``s^2``; with ``eps * s^2`` in place of
     ``eps`` the normalized value is that of the unscaled channel, exactly, for any ``s``.
 
-    With a step the result is rounded to it, and the gradient is the one without.
+    With a step, which broadcasts to the result, that is rounded to it; the gradient is as without.
     """
 
     @staticmethod
@@ -165,9 +163,12 @@ class _ScaledBatchNorm(torch.autograd.Function):
         # A channel without any signal and without epsilon normalizes to zero, not to NaN.
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         gain = weight if silent is None else torch.where(silent, torch.zeros_like(weight), weight)
-        out = F.batch_norm(y, mean, variance, gain, bias, False, 0.0, 0.0)
-        if step is not None:
-            out = on_accumulator(out, step)
+        if step is None:
+            out = F.batch_norm(y, mean, variance, gain, bias, False, 0.0, 0.0)
+        else:
+            unit = step.flatten() if isinstance(step, Tensor) else step
+            codes = F.batch_norm(y, mean, variance, gain / unit, bias / unit, False, 0.0, 0.0)
+            out = codes.round_().mul_(step)
         ctx.save_for_backward(y, weight, mean, torch.rsqrt(variance))
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -188,12 +189,6 @@ class _ScaledBatchNorm(torch.autograd.Function):
             [True, True, True],
         )
         return dy, dweight, dbias, None, None, None
-
-
-def on_accumulator(y: Tensor, step: Scalar) -> Tensor:
-    """Round a result to the step of its accumulator, which broadcasts to it, in place."""
-    limits = float32_code_limits(32)
-    return quantize_codes(y, readable(step), *limits, "half_up", overwrite=True).mul_(step)
 
 
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
