@@ -235,19 +235,21 @@ class WeightedOp(Op, ABC):
         step_x = None if tag is None else tag.step
         with torch.no_grad():
             inv_sigma = torch.rsqrt(full(bn.running_var) + bn.eps)
-            mean = full(bn.running_mean)
             if capturing():
-                inv_sigma, mean = snapshot(inv_sigma), snapshot(mean)
+                inv_sigma = snapshot(inv_sigma)
             factor = gamma_of(bn) * inv_sigma
             faint = factor.abs() < TINY_FACTOR
-            own_bias = None if call.bias is None else call.bias.detach()
         own_weight = full(call.weight)
         scaled = own_weight * self.per_channel(call, factor)
-        bias = running_bias(bn, mean, own_bias, factor)
+        beta, bias, limits = beta_of(bn), None, site.active_limits
+        if step_x is not None or (limits is not None and limits.bias is not None):
+            mean = full(bn.running_mean)
+            own_bias = None if call.bias is None else call.bias.detach()
+            bias = running_bias(bn, snapshot(mean) if capturing() else mean, own_bias, factor)
         constrained = self._constrained(site, call, scaled, bias, step_x)
-        assert constrained.bias is not None
-        # The statistics of the batch replace the running ones, but not what the chip's bias loses.
-        beta = straight_through(beta_of(bn) + (constrained.bias - bias), constrained.bias)
+        if bias is not None and constrained.bias is not None:
+            # The batch has statistics of its own, but the chip's bias is that of the running ones.
+            beta = straight_through(beta + (constrained.bias - bias), constrained.bias)
         silent = None
         if step_x is not None:
             faint = faint | (self.channel_reduce(call, constrained.weight.detach(), "amax") == 0)
