@@ -84,6 +84,11 @@ class Recipe:
         """Key of its results."""
         return f"{self.scheme} {self.flow} {self.method} {self.bits}"
 
+    @property
+    def trains_quantized(self) -> bool:
+        """Whether quantization is on in training."""
+        return self.flow in ("QAT", "peer")
+
     def overrides(self, task: Task, prefix: str) -> dict[str, Fields]:
         """Return what the first and last layer differ in."""
         last: Fields = {"weight_bits": OUTER_BITS}

@@ -105,6 +105,7 @@ SPOKEN_WORDS = Task(
     # Short epochs of a network without redundancy: few bits need as much training again.
     tuning_epochs=12,
     tuning_rate=8e-3,
+    frozen_from=8,
 )
 SPOKEN_WORDS_LONG = dataclasses.replace(
     SPOKEN_WORDS,
