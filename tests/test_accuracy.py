@@ -111,6 +111,18 @@ def test_a_changed_setting_makes_a_result_stale(tmp_path: Path) -> None:
     assert results.get(task, 0, changed) is None
 
 
+def test_where_statistics_stand_still_makes_only_results_of_qat_stale(tmp_path: Path) -> None:
+    task = TASKS["kws"]
+    later = dataclasses.replace(task, frozen_from=9)
+    results = Results(tmp_path / "results")
+    recipes = (FLOAT, ours("linger", "PTQ", "mse", 4), ours("linger", "QAT", "lsq", 4))
+    for recipe in (*recipes, peer("torchao", 4)):
+        results.put(task, 0, recipe, Score(9, 10))
+    assert all(results.get(task, 0, recipe) for recipe in recipes)
+    assert [results.get(later, 0, recipe) is None for recipe in recipes] == [False, False, True]
+    assert results.get(later, 0, peer("torchao", 4)) is None
+
+
 def test_a_library_that_is_not_there_is_left_out_aloud(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
