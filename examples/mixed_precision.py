@@ -81,7 +81,8 @@ def trained(
     quantized = copy.deepcopy(model).train()
     quantized.hparams["learning_rate"] *= 0.5
     quantize = QuantizeCallback(platform=PLATFORM, weight_bits=bits, overrides=overrides)
-    callbacks = [FuseBNCallback(), quantize]
+    # With few bits the last part of training needs the statistics that the chip has.
+    callbacks = [FuseBNCallback(freeze_at_epoch=2 * epochs // 3), quantize]
     if distill:
         callbacks.append(DistillationCallback(weight=1.0, temperature=2.0))
     pl.seed_everything(1, verbose=False)
