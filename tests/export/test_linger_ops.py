@@ -152,9 +152,11 @@ def test_wide_results_of_linear_layers(tmp_path, platform, bits):
 
 
 def test_finer_operand_is_requantized_for_the_platform_that_needs_it(tmp_path):
+    def concatenated(m, x):
+        return torch.cat([m.conv(x), m.layer(x) * 20], 1)
+
     x = image()
-    run = lambda m, x: torch.cat([m.conv(x), m.layer(x) * 20], 1)  # noqa: E731
-    model = conv_model(run, layer=nn.Conv2d(4, 4, 3))
+    model = conv_model(concatenated, layer=nn.Conv2d(4, 4, 3))
     found = {}
     for platform in PLATFORMS:
         proto = exported(quantized(copy.deepcopy(model), x, platform=platform), tmp_path, x)

@@ -238,6 +238,7 @@ def test_only_the_layer_changes_and_the_input_stays() -> None:
     assert all(found[key] is state[key] for key in rest)
     # In its place, with the versions that modules write into a state dict.
     assert list(found).index(mine[0]) == list(state).index("blocks.1.weight_ih_l0")
+    # torch sets the attribute on a plain OrderedDict, whose type has none.
     assert found._metadata == state._metadata  # type: ignore[attr-defined]
 
 

@@ -437,9 +437,9 @@ def test_the_gradient_passes_the_rounding_of_the_accumulator() -> None:
     for net in (plain, model):
         (net(x) * target).sum().backward()
     torch.testing.assert_close(model.net[1].bias.grad, plain.net[1].bias.grad)
-    torch.testing.assert_close(
-        model.net[1].weight.grad, plain.net[1].weight.grad, rtol=0.3, atol=3.0
-    )
+    for layer, reference in zip(model.net, plain.net, strict=True):
+        found, expected = layer.weight.grad.flatten(), reference.weight.grad.flatten()
+        assert torch.cosine_similarity(found, expected, dim=0) > 0.9
 
 
 def test_a_silent_channel_has_no_mean_but_the_bias_of_its_layer() -> None:
