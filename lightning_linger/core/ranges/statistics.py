@@ -7,7 +7,7 @@ once) and the grid they will be rounded to, and returns the half-range ``[R]`` i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,13 @@ from lightning_linger.core.rounding import rounder
 
 Measure = Callable[[Tensor, Tensor | None, Grid], Tensor]
 
-# A free scale is searched among these fractions of the largest magnitude.
-FREE_RATIOS = tuple((64 - k) / 64 for k in range(63))
+# A free scale is searched among 64ths of the largest magnitude, down to two of them.
+FREE_PARTS = 64
 # A power-of-two scale among so many halves of it at least: two bits clip most of the magnitudes.
 FEWEST_HALVINGS = 4
-W_LIKE_STEPS = tuple(2.0**exponent for exponent in range(-10, 10))
+# Candidates are tried together as long as their values are no more than a cache holds.
+VALUES_AT_ONCE = 1 << 16
+W_LIKE_STEPS, W_LIKE_LAST = 20, 2.0**9
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,23 @@ def least_squares(values: Tensor, counts: Tensor | None, grid: Grid) -> Tensor:
     """Return the half-range of the least squared error: among powers of two, or 63 fractions."""
     largest = absmax(values, counts, grid)
     if grid.scale_kind == "power_of_two":
-        ratios: Iterable[float] = (2.0**-k for k in range(max(grid.bits, FEWEST_HALVINGS)))
+        ratios = _halvings(1.0, max(grid.bits, FEWEST_HALVINGS), largest)
     else:
-        ratios = FREE_RATIOS
-    return _sweep(values, counts, grid, [largest * ratio for ratio in ratios], 2)
+        ratios = torch.arange(FREE_PARTS, 1, -1, device=largest.device) / FREE_PARTS
+    return _sweep(values, counts, grid, largest * ratios[:, None], 2)
 
 
 def l1_sweep(values: Tensor, counts: Tensor | None, grid: Grid) -> Tensor:
     """Return the covering power of two, its half or its quarter: the least absolute error."""
     covering = _power_of_two_above(absmax(values, counts, grid))
-    return _sweep(values, counts, grid, [covering * ratio for ratio in (1.0, 0.5, 0.25)], 1)
+    return _sweep(values, counts, grid, covering * _halvings(1.0, 3, covering)[:, None], 1)
 
 
 def w_like(values: Tensor, counts: Tensor | None, grid: Grid) -> Tensor:
     """Return the half-range of the step of least squared error among 2^-10 ... 2^9."""
-    half = 2.0 ** (grid.bits - 1)
-    rows = values.new_ones(values.shape[0], dtype=torch.float32)
-    return _sweep(values, counts, grid, [rows * (step * half) for step in W_LIKE_STEPS], 2)
+    codes = values.new_full((values.shape[0],), 2.0 ** (grid.bits - 1), dtype=torch.float32)
+    steps = _halvings(W_LIKE_LAST, W_LIKE_STEPS, codes).flip(0)
+    return _sweep(values, counts, grid, codes * steps[:, None], 2)
 
 
 def entropy(values: Tensor, counts: Tensor | None, grid: Grid) -> Tensor:
@@ -163,6 +165,12 @@ def _nth_largest(values: Tensor, n: int) -> Tensor:
     return values.abs().kthvalue(values.shape[1] - n + 1, dim=1).values.float()
 
 
+def _halvings(first: float, count: int, like: Tensor) -> Tensor:
+    # Made where they are needed: a copy from the host would wait for the device.
+    exponents = torch.arange(count, device=like.device)
+    return torch.ldexp(like.new_full((count,), first), -exponents)
+
+
 def _power_of_two_above(x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(x)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
@@ -170,21 +178,22 @@ def _power_of_two_above(x: Tensor) -> Tensor:
 
 
 def _sweep(
-    values: Tensor, counts: Tensor | None, grid: Grid, candidates: Iterable[Tensor], power: int
+    values: Tensor, counts: Tensor | None, grid: Grid, candidates: Tensor, power: int
 ) -> Tensor:
-    """Return, per row, the first of the candidates with the least error."""
+    """Return, per row, the first of the candidates ``[C, R]`` with the least error."""
+    at_once = max(1, VALUES_AT_ONCE // max(values.numel(), 1))
+    errors = [_errors(values, counts, grid, some, power) for some in candidates.split(at_once)]
+    best = torch.cat(errors).argmin(dim=0, keepdim=True)
+    return candidates.gather(0, best).squeeze(0)
+
+
+def _errors(
+    values: Tensor, counts: Tensor | None, grid: Grid, candidates: Tensor, power: int
+) -> Tensor:
+    """Return the errors ``[C, R]`` of rounding ``[R, N]`` values with the candidates' steps."""
     values = values.float()
-    round_codes = rounder(grid.rounding)
-    best = least = None
-    for candidate in candidates:
-        step = grid.step(candidate)[:, None]
-        rounded = round_codes(values / step).clamp_(grid.qmin, grid.qmax).mul_(step)
-        errors = rounded.sub_(values).abs_().double().pow_(power)
-        error = (errors if counts is None else errors * counts).sum(dim=1)
-        if best is None or least is None:
-            best, least = candidate, error
-        else:
-            better = error < least
-            best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-    assert best is not None  # there are always candidates
-    return best
+    steps = grid.step(candidates)[:, :, None]
+    codes = rounder(grid.rounding)(values / steps)
+    errors = codes.clamp_(grid.qmin, grid.qmax).mul_(steps).sub_(values).double()
+    errors = errors.square_() if power == 2 else errors.abs_()
+    return (errors if counts is None else errors.mul_(counts)).sum(dim=2)
