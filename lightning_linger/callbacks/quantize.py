@@ -69,6 +69,7 @@ class QuantizeCallback(StageCallback):
         seed: Of stochastic rounding.
         statistics_bits: Width of the running statistics of batch norms in evaluation; None leaves
             them in float.
+        statistics_range: Their range estimator, or a fixed range.
         data_scale: What the ranges that activations ask for are multiplied with.
         preset: Name of a scheme (see :func:`lightning_linger.preset`), or a mapping of its ``name``
             and its fields, in the place of all the fields above.
@@ -114,6 +115,7 @@ class QuantizeCallback(StageCallback):
         strict_maximum: bool = False,
         seed: int = 0,
         statistics_bits: int | None = None,
+        statistics_range: str | float = "absmax",
         data_scale: float = 1.0,
         preset: str | dict[str, Any] | None = None,
         types: Sequence[type[nn.Module] | str] | None = None,
@@ -155,6 +157,7 @@ class QuantizeCallback(StageCallback):
             strict_maximum=strict_maximum,
             seed=seed,
             statistics_bits=statistics_bits,
+            statistics_range=statistics_range,
             data_scale=data_scale,
         )
         if preset is not None:

@@ -61,6 +61,7 @@ class QuantConfig:
         statistics_bits: Width of the running mean and variance of batch norms, folded or not, each
             on a grid of its own, in evaluation, integers and export; training moves them in float.
             None leaves them in float.
+        statistics_range: Their range estimator, of the names of ``weight_range``; not learned.
         ahead_conv_relu: A convolution whose only consumer is a ReLU spends its codes on the
             positive side (linger).
         ahead_bn_relu: The same for a batch norm, folded or not.
@@ -94,6 +95,7 @@ class QuantConfig:
     strict_maximum: bool = False
     seed: int = 0
     statistics_bits: int | None = None
+    statistics_range: str | float = "absmax"
     data_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -123,6 +125,9 @@ class QuantConfig:
         check_fusion(self.fused_rnn)
         RangeRule.parse(self.range)
         RangeRule.parse_weight(self.weight_range)
+        if RangeRule.parse_weight(self.statistics_range, "`statistics_range`").learned is not None:
+            msg = f"`statistics_range` cannot be learned. Found: {self.statistics_range!r}."
+            raise ConfigError(msg)
         if RangeRule.parse(self.gradient_range, "`gradient_range`").learned is not None:
             msg = f"`gradient_range` cannot be learned. Found: {self.gradient_range!r}."
             raise ConfigError(msg)

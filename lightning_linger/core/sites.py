@@ -19,6 +19,7 @@ from lightning_linger.core.images import RawImages
 from lightning_linger.core.integer import quantize
 from lightning_linger.core.limits import Limits, apply_bound, bound_of, is_within
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.parameter_ranges import ParameterRanges
 from lightning_linger.core.payload import real_values
 from lightning_linger.core.platform import rounding_of
 from lightning_linger.core.quantizer import Quantizer
@@ -27,7 +28,6 @@ from lightning_linger.core.requantize import requantized
 from lightning_linger.core.rounding import Rounder, Rounding
 from lightning_linger.core.switches import FloatPart, FrozenPart, RoundedParameter, Switches
 from lightning_linger.core.tags import WIDEST_OPERAND, Tag, tag_of, with_tag
-from lightning_linger.core.weight_ranges import WeightRanges
 
 if TYPE_CHECKING:
     from lightning_linger.core.graph import Node
@@ -84,7 +84,8 @@ class Site(Float32State):
         self.gradients = nn.ModuleDict()
         self.operand_bits: dict[int, int] = {}
         self.output: Quantizer | None = None
-        self.weights = WeightRanges(node.key)
+        self.weights = ParameterRanges(node.key)
+        self.statistics: ParameterRanges | None = None
         self.completes_fold = False
         self.merged = False
         self.limits: Limits | None = None
@@ -365,6 +366,8 @@ class Site(Float32State):
             if quantizer.learned is not None:
                 quantizer.learned.requires_grad_("activations" not in parts)
         self.weights.freeze("weights" in parts)
+        if self.statistics is not None:
+            self.statistics.freeze("statistics" in parts)
         for node in self.gradient_quantizers():
             node.frozen = "gradients" in parts
         self.thaw()
@@ -381,16 +384,21 @@ class Site(Float32State):
         self.thaw()
 
     @property
+    def float_operands(self) -> frozenset[FloatPart]:
+        """The parts left in float that integers are made of: statistics go into rounded weights."""
+        return self.floating - {"statistics"}
+
+    @property
     def passes_float(self) -> bool:
         """Whether the result is that of the float function, because the op cannot part them."""
         apart = self.op.rounds_parts_apart
         return not apart and self.output is not None and "activations" in self.floating
 
     @property
-    def statistics_bits(self) -> int | None:
-        """Width of the running statistics of a batch norm now, None for float."""
+    def active_statistics(self) -> ParameterRanges | None:
+        """What the running statistics of a batch norm are rounded to now, None for float."""
         quantized = self.switches.quantize and self.switches.system != "float"
-        return self.config.statistics_bits if quantized and self.config is not None else None
+        return self.statistics if quantized and "statistics" not in self.floating else None
 
     @property
     def gives_real_results(self) -> bool:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_linger.core.config import FuseMode
 
-FrozenPart = Literal["activations", "weights", "gradients"]
-FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "gradients")
+FrozenPart = Literal["activations", "weights", "statistics", "gradients"]
+FROZEN_PARTS: tuple[FrozenPart, ...] = ("activations", "weights", "statistics", "gradients")
 
-FloatPart = Literal["activations", "weights", "biases"]
-FLOAT_PARTS: tuple[FloatPart, ...] = ("activations", "weights", "biases")
+FloatPart = Literal["activations", "weights", "biases", "statistics"]
+FLOAT_PARTS: tuple[FloatPart, ...] = ("activations", "weights", "biases", "statistics")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,8 @@ class _SiteState:
     def __init__(self, site: Any) -> None:
         self.site = site
         self.frozen, self.floating = site.frozen, site.floating
-        self.latest_steps = dict(site.weights.latest_steps)
+        parameters = [x for x in (site.weights, site.statistics) if x is not None]
+        self.latest_steps = [(ranges, dict(ranges.latest_steps)) for ranges in parameters]
         self.gradients = [(node, node.active, node.frozen) for node in site.gradient_quantizers()]
         self.latest = [(quantizer, quantizer.latest_step) for quantizer in site.quantizers()]
         self.tensors = {name: x.detach().clone() for name, x in site.state_dict().items()}
@@ -169,7 +170,8 @@ class _SiteState:
         site.freeze(self.frozen)
         site.leave_float(self.floating)
         site.load_state_dict(self.tensors)
-        site.weights.latest_steps = self.latest_steps
+        for ranges, steps in self.latest_steps:
+            ranges.latest_steps = steps
         for node, active, frozen in self.gradients:
             node.active, node.frozen = active, frozen
         for quantizer, step in self.latest:
@@ -253,9 +255,9 @@ class _Load(NamedTuple):
                 item.quantizer.adopt_step(steps[0])
         else:
             step = torch.tensor(steps if len(steps) > 1 else steps[0])
-            if "weights" in item.site.frozen:
-                item.site.weights.hold(item.weight_name, step)
-            item.site.weights.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
+            if item.ranges.frozen:
+                item.ranges.hold(item.weight_name, step)
+            item.ranges.latest_steps[item.weight_name] = step if len(steps) > 1 else steps[0]
 
 
 def _flat(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from lightning_linger.core.errors import ConfigError
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation, instrumentation_of
+from lightning_linger.core.parameter_ranges import ParameterRanges
 from lightning_linger.core.quantizer import Quantizer
 from lightning_linger.core.sites import Site
-from lightning_linger.core.switches import FloatPart
+from lightning_linger.core.switches import FloatPart, FrozenPart
 from lightning_linger.presets.nics_fix import STATISTICS
 
-Kind = Literal["weight", "bias", "activation"]
-KINDS: tuple[Kind, ...] = ("weight", "bias", "activation")
+Kind = Literal["weight", "bias", "activation", "buffer"]
+KINDS: tuple[Kind, ...] = ("weight", "bias", "activation", "buffer")
 
 
 class QuantizeMethod(IntEnum):
@@ -33,10 +33,22 @@ class QuantizeMethod(IntEnum):
     FIX_FIXED = 2
 
 
-PARTS: dict[Kind, FloatPart] = {"weight": "weights", "bias": "biases", "activation": "activations"}
+PARTS: dict[Kind, FloatPart] = {
+    "weight": "weights",
+    "bias": "biases",
+    "activation": "activations",
+    "buffer": "statistics",
+}
+# The part whose ranges move or stand still; the scale of a bias follows that of the weight.
+RANGES: dict[Kind, FrozenPart] = {
+    "weight": "weights",
+    "bias": "weights",
+    "activation": "activations",
+    "buffer": "statistics",
+}
 
 _WEIGHT, _SUFFIX = "weight", " weight"
-_STATISTICS = ("running_mean", "running_var")
+BUFFERS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,10 @@ class Item:
     Args:
         module: Dotted path of the module; where it makes several calls, the key of the call.
         name: ``weight``, ``bias`` or ``activation``; ``input0`` for what a layer rounds before it
-            reads it; an op with several weights or inner results has a name for each, like
-            ``query weight`` and ``query``. The running statistics of a batch norm, where they
-            are rounded, are weights.
-        kind: Which of the three it is.
+            reads it; ``running_mean`` and ``running_var`` for buffers of a batch norm that are
+            rounded; an op with several weights or inner results has a name for each, like
+            ``query weight`` and ``query``.
+        kind: Which of the four it is.
         site: The call.
         quantizer: Of an activation.
     """
@@ -73,18 +85,16 @@ class Item:
     @property
     def grid(self) -> Grid:
         """What its values are rounded to, a bias aside."""
-        if self.quantizer is not None:
-            return self.quantizer.grid
-        if self.name in _STATISTICS:
-            return dataclasses.replace(self.grid_of_weight, bits=self.bitwidth)
-        return self.grid_of_weight
+        grid = self.ranges.grid if self.quantizer is None else self.quantizer.grid
+        assert grid is not None  # only what is rounded has items
+        return grid
 
     @property
-    def grid_of_weight(self) -> Grid:
-        """The grid of its call's weights."""
-        grid = self.site.weights.grid
-        assert grid is not None  # only what has weights has items of weights
-        return grid
+    def ranges(self) -> ParameterRanges:
+        """The ranges of a parameter."""
+        found = self.site.statistics if self.kind == "buffer" else self.site.weights
+        assert found is not None  # only rounded buffers are items
+        return found
 
     @property
     def gradient(self) -> GradientQuantizer | None:
@@ -97,13 +107,7 @@ class Item:
     @property
     def bitwidth(self) -> int:
         """Width of its codes."""
-        if self.quantizer is not None:
-            return self.quantizer.grid.bits
-        if self.name in _STATISTICS:
-            return self.config.statistics_bits or 0
-        if self.kind == "bias":
-            return self.config.bias_bits
-        return self.grid_of_weight.bits
+        return self.config.bias_bits if self.kind == "bias" else self.grid.bits
 
     @property
     def config(self) -> QuantConfig:
@@ -113,30 +117,28 @@ class Item:
 
     @property
     def method(self) -> QuantizeMethod:
-        """What happens to it now; the scale of a bias follows that of the weight."""
+        """What happens to it now."""
         site = self.site
         if not site.switches.quantize or PARTS[self.kind] in site.floating:
             return QuantizeMethod.FIX_NONE
-        still = "activations" if self.kind == "activation" else "weights"
         given = self.quantizer is not None and self.quantizer.estimator.fixed
-        fixed = given or still in site.frozen
+        fixed = given or RANGES[self.kind] in site.frozen
         return QuantizeMethod.FIX_FIXED if fixed else QuantizeMethod.FIX_AUTO
 
     @property
     def range_method(self) -> int | str:
         """The number of its range method, or the name of an estimator that NICS-fix has not."""
-        if self.name in _STATISTICS:
-            return numbered("absmax")
-        if self.quantizer is None:
-            return numbered(self.config.weight_range)
-        return numbered(self.quantizer.estimator.kind)
+        if self.quantizer is not None:
+            return numbered(self.quantizer.estimator.kind)
+        of_buffer = self.kind == "buffer"
+        return numbered(self.config.statistics_range if of_buffer else self.config.weight_range)
 
     @property
     def scales(self) -> int | None:
         """How many scales it has without a zero point; None for a weight that was never rounded."""
         if self.quantizer is not None:
             return 1
-        step = self.site.weights.step_in_use(self.weight_name)
+        step = self.ranges.step_in_use(self.weight_name)
         return None if step is None else step.numel()
 
     def scale(self) -> Tensor | None:
@@ -146,7 +148,7 @@ class Item:
         while there is none, and for a bias.
         """
         if self.quantizer is None:
-            step = self.site.weights.step_in_use(self.weight_name)
+            step = self.ranges.step_in_use(self.weight_name)
             return None if step is None or self.kind == "bias" else half_range(step, self.bitwidth)
         if not self.quantizer.known:
             return None
@@ -182,7 +184,7 @@ def gradient_method(node: GradientQuantizer, instrumentation: Instrumentation) -
 
 def item_of_weight(name: str) -> str:
     """Return the item of a weight, apart from an inner result of the same name."""
-    return name if name in (_WEIGHT, *_STATISTICS) else name + _SUFFIX
+    return name if name == _WEIGHT else name + _SUFFIX
 
 
 def numbered(range: str | float | tuple[float, float]) -> int | str:
@@ -210,6 +212,9 @@ def _items(site: Site, module: str) -> Iterator[Item]:
     if site.weights.grid is not None and not site.completes_fold:
         for name in [*site.weights.latest_steps] or [_WEIGHT]:
             yield Item(module, item_of_weight(name), "weight", site)
+        if site.statistics is not None:
+            for name in BUFFERS:
+                yield Item(module, name, "buffer", site)
         if _has_bias(site):
             yield Item(module, "bias", "bias", site)
     for position, quantizer in site.inputs.items():

@@ -14,6 +14,7 @@ from lightning_linger.core.switches import FloatPart, FrozenPart
 from lightning_linger.nics_fix.items import (
     KINDS,
     PARTS,
+    RANGES,
     Item,
     Kind,
     QuantizeMethod,
@@ -44,8 +45,8 @@ def set_fix_method(
     Args:
         model: A quantized model.
         method: Of all items; None leaves those alone that neither a type nor a name says more of.
-        by_type: Maps a module type, its name or an op kind to methods of ``weight``, ``bias`` and
-            ``activation``.
+        by_type: Maps a module type, its name or an op kind to methods of ``weight``, ``bias``,
+            ``activation`` and ``buffer`` (the running statistics of a batch norm).
         by_name: Maps a glob on dotted paths to methods.
         grad: Set the methods of gradients instead.
 
@@ -176,18 +177,19 @@ def _apply(site: Site, methods: Mapping[Kind, QuantizeMethod]) -> None:
         floating.discard(part)
         if method is QuantizeMethod.FIX_NONE:
             floating.add(part)
-        elif part != "biases":
-            frozen.discard(part)
+        elif kind != "bias":
+            frozen.discard(RANGES[kind])
             if method is QuantizeMethod.FIX_FIXED:
-                frozen.add(part)
+                frozen.add(RANGES[kind])
     gradients = [item.frozen for item in site.gradient_quantizers()]
     site.freeze(frozenset(frozen))
     for node, kept in zip(site.gradient_quantizers(), gradients, strict=True):
         node.frozen = kept
-    if "weights" in frozen:
-        # The scale that the latest forward had, not that of what an optimizer made of the weight.
-        for name, step in site.weights.latest_steps.items():
-            site.weights.hold(name, step)
+    for ranges in (site.weights, site.statistics):
+        if ranges is not None and ranges.frozen:
+            # The scale that the latest forward had, not that of what an optimizer made of a weight.
+            for name, step in ranges.latest_steps.items():
+                ranges.hold(name, step)
     site.leave_float(frozenset(floating))
 
 

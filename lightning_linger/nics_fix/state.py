@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_linger.core.instrumentation import STATE_PREFIX, instrumentation_of
 from lightning_linger.core.switches import RoundedParameter
+from lightning_linger.nics_fix.items import BUFFERS
 from lightning_linger.stages.checkpoints import recorded_example
 
 SCALE_SUFFIX = "_fp_scale"
@@ -62,9 +63,8 @@ def fix_state_dict(
         else:
             _write(state[name], source, rounded.values)
         site = instrumentation.find(rounded.site)
-        bits = site.weights.bits
-        if rounded.name.startswith("running_"):
-            bits = site.statistics_bits or bits
+        ranges = site.statistics if rounded.name in BUFFERS else site.weights
+        bits = site.weights.bits if ranges is None else ranges.bits
         is_bias = rounded.name.endswith("bias")
         scale = rounded.step if is_bias else rounded.step * 2.0 ** (bits - 1)
         state[_scale_name(state, name, rounded)] = scale.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +99,13 @@ def running_statistics(site: Site, mean: Tensor, var: Tensor) -> tuple[Tensor, T
         var: ``[C]``.
     """
     mean, var = full(mean), full(var)
-    bits = site.statistics_bits
-    if bits is None or site.weights.grid is None:
+    ranges = site.active_statistics
+    if ranges is None or ranges.grid is None:
         return mean, var
-    grid = dataclasses.replace(site.weights.grid, bits=bits, narrow=False)
+    grid = ranges.grid
     rounded = []
     for name, values, lowest in (("running_mean", mean, grid.qmin), ("running_var", var, 1)):
-        step = site.weights.held(name, grid.step(values.detach().abs().amax().float()))
+        step = ranges.held(name, grid.step(ranges.reach(values.detach()[None])[0]))
         rounded.append(fake_quantize(values, step, lowest, grid.qmax, grid.rounding))
         site.note(name, values, rounded[-1], step)
     return rounded[0], rounded[1]

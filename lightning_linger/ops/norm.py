@@ -193,7 +193,7 @@ class BatchNormOp(Op):
                 y = _scale_shift(x, alpha, beta)
                 return finish(site, y, _along_channels(step_x * step_a, x), True, tag.dtype)
             prepared = self._prepare(site, call, tag)
-            if site.fixed_point and tag.rounded and not site.floating:
+            if site.fixed_point and tag.rounded and not site.float_operands:
                 return self._evaluate_codes(site, call, with_tag(x, tag), prepared)
             alpha, beta = prepared.alpha, prepared.beta
             if torch.is_grad_enabled() and not capturing():

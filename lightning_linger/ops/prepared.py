@@ -127,7 +127,7 @@ def _output_step(site: Site, step_x: float, step_w: Tensor) -> float:
 
 def _gives_codes(site: Site) -> bool:
     """Whether dividing by the output step is exact and nothing needs the real values."""
-    if site.output is None or site.output.grid.rounding != "half_up" or site.floating:
+    if site.output is None or site.output.grid.rounding != "half_up" or site.float_operands:
         return False
     limits = site.active_limits
     dynamic = limits is not None and limits.output is not None and limits.output.kind != "static"

@@ -260,7 +260,7 @@ class WeightedOp(Op, ABC):
             unfolded = own_weight * self.per_channel(call, inv_sigma)
             weight = torch.where(self.per_channel(call, faint), unfolded, weight)
         y = self.apply(call, x, weight, None)
-        rounded = tag is not None and tag.rounded and not site.floating
+        rounded = tag is not None and tag.rounded and not site.float_operands
         folded = Folded(
             site=site,
             dtype=dtype,
@@ -340,7 +340,7 @@ class WeightedOp(Op, ABC):
             y = self._finish(site, call, x, parameters, tag.step, tag.dtype)
             return mark_folded(y, COMPLETE) if site.active_fold is not None else y
         prepared = self._prepare(site, call, tag)
-        if site.fixed_point and tag.rounded and not site.floating:
+        if site.fixed_point and tag.rounded and not site.float_operands:
             return self._evaluate_kernel(site, call, with_tag(x, tag), prepared, tag)
         weight, bias = prepared.weight, prepared.bias
         if torch.is_grad_enabled() and not capturing():

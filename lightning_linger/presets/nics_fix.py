@@ -37,7 +37,7 @@ def nics_fix_config(
 
     Args:
         bitwidth: Of weights, inputs and results.
-        range_method: Number of a :class:`RangeMethod`, for activations, weights and gradients.
+        range_method: Number of a :class:`RangeMethod`, for every kind of value.
         stochastic: Whether training rounds up or down by chance; nearest otherwise.
         float_scale: Whether scales are of any value.
         **fields: Of :class:`QuantConfig`.
@@ -62,6 +62,7 @@ def nics_fix_config(
             "range": f"last_{statistic}",
             "weight_range": statistic,
             "gradient_range": f"last_{statistic}",
+            "statistics_range": statistic,
             "rounding": "stochastic" if stochastic else None,
             **dict.fromkeys(("ahead_conv_relu", "ahead_bn_relu", "ahead_linear_relu"), False),
             **fields,

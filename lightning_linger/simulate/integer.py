@@ -55,9 +55,10 @@ def number_system(model: nn.Module, system: str) -> Iterator[None]:
 
 def _require_integers(model: nn.Module) -> None:
     for site in instrumentation_of(model).sites:
-        if site.floating and site.quantized:
+        if site.float_operands and site.quantized:
+            parts = ", ".join(sorted(site.float_operands))
             msg = (
-                f"`{site.key}`: its {', '.join(sorted(site.floating))} are left in float, so there "
-                "are no integers. Round them again: `nics_fix.set_fix_method(model, FIX_AUTO)`."
+                f"`{site.key}`: its {parts} are left in float, so there are no integers. "
+                "Round them again: `nics_fix.set_fix_method(model, FIX_AUTO)`."
             )
             raise UnsupportedError(msg)

@@ -22,13 +22,14 @@ def freeze_ranges(
     """Keep ranges of a prepared model as they are, or let them move again. Returns the model.
 
     Ranges of activations and gradients stay where they are, learned ranges have no gradient any
-    more, and weights keep the steps they have in the next forward. A checkpoint holds all of it.
-    Where a range was never seen, the site goes on in float.
+    more, and weights and running statistics keep the steps they have in the next forward. A
+    checkpoint holds all of it. Where a range was never seen, the site goes on in float.
 
     Args:
         model: A prepared and planned model.
         frozen: Whether the ranges stay.
-        parts: Which: those of ``activations``, ``weights``, ``gradients``; all by default.
+        parts: Which: those of ``activations``, ``weights``, ``statistics``, ``gradients``; all by
+            default.
         modules: Globs on dotted paths; None takes the whole model.
 
     Raises:

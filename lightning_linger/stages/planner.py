@@ -15,6 +15,7 @@ from lightning_linger.core.graph import Node, TensorSpec
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import Instrumentation
 from lightning_linger.core.noise import Noise
+from lightning_linger.core.parameter_ranges import ParameterRanges
 from lightning_linger.core.platform import Platform, rounding_of, symmetry_of
 from lightning_linger.core.quantizer import Quantizer, Window
 from lightning_linger.core.ranges import LearnedScale, RangeRule
@@ -22,7 +23,6 @@ from lightning_linger.core.registry import op_of
 from lightning_linger.core.rounding import STOCHASTIC
 from lightning_linger.core.sites import Site
 from lightning_linger.core.tags import WIDEST_OPERAND
-from lightning_linger.core.weight_ranges import WeightRanges
 from lightning_linger.ops.activation import ClampOp, has_tensor_bounds, window_of
 from lightning_linger.ops.norm import BatchNormOp
 from lightning_linger.ops.weighted import WeightedOp
@@ -99,7 +99,8 @@ class Planner:
     def _reset(self, site: Site, released: set[str]) -> None:
         site.released = site.key in released
         site.config, site.platform, site.output = None, None, None
-        site.weights = WeightRanges(site.key).train(self.model.training)
+        site.weights = ParameterRanges(site.key).train(self.model.training)
+        site.statistics = None
         site.inputs, site.parts, site.operand_bits = nn.ModuleDict(), nn.ModuleDict(), {}
         site.gradients = nn.ModuleDict()
         # New ranges move, and new quantizers round.
@@ -173,6 +174,7 @@ class Planner:
         if site.has_parameters:
             site.weights.grid = _weight_grid(config, platform)
             site.weights.rule = RangeRule.parse_weight(config.weight_range)
+            self._add_statistics(site, config)
             self._add_learned_weights(site, call)
             self._add_parameter_gradients(site, call)
         self._add_parts(site, call, config, platform)
@@ -285,6 +287,17 @@ class Planner:
             quantizer = self._gradient(site, f"{site.key}:{name}")
             if quantizer is not None:
                 site.gradients[name] = quantizer
+
+    def _add_statistics(self, site: Site, config: QuantConfig) -> None:
+        normalizes = site.fold is not None or isinstance(site.op, BatchNormOp)
+        if config.statistics_bits is None or site.weights.grid is None or not normalizes:
+            return
+        ranges = ParameterRanges(site.key).train(self.model.training)
+        ranges.grid = dataclasses.replace(
+            site.weights.grid, bits=config.statistics_bits, narrow=False
+        )
+        ranges.rule = RangeRule.parse_weight(config.statistics_range)
+        site.statistics = ranges
 
     def _add_learned_weights(self, site: Site, call: Any) -> None:
         rule, grid = site.weights.rule, site.weights.grid

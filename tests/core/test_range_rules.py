@@ -424,5 +424,5 @@ def test_names_that_mean_nothing(spec: str) -> None:
 
 
 def test_a_weight_has_no_batches() -> None:
-    with pytest.raises(ConfigError, match="`weight_range` sees one weight"):
+    with pytest.raises(ConfigError, match="`weight_range` sees one tensor"):
         QuantConfig(weight_range="ema_absmax")

@@ -1,4 +1,4 @@
-"""What the functions of NICS-fix share with the library: rows 9, 15, 26, 28, 30, 31, 32."""
+"""What the functions of NICS-fix share with the library: rows 9, 15, 17, 26, 28, 30, 31, 32."""
 
 import copy
 from pathlib import Path
@@ -13,13 +13,16 @@ import lightning_linger as linger
 from lightning_linger import ConfigError, QuantConfig
 from lightning_linger.callbacks import FuseBNCallback, QuantizeCallback
 from lightning_linger.core.fake_quantize import fake_quantize
+from lightning_linger.core.grid import Grid
 from lightning_linger.core.instrumentation import instrumentation_of
+from lightning_linger.core.ranges import RangeRule
 from lightning_linger.nics_fix import (
     FIX_AUTO,
     FIX_FIXED,
     FIX_NONE,
     fix_state_dict,
     get_fix_configs,
+    load_fix_configs,
     set_fix_method,
 )
 from lightning_linger.nn import FakeQuantize, fake_quantize_defaults
@@ -108,6 +111,88 @@ def test_row26_their_scales_are_items_and_stay_when_fixed() -> None:
     model(x)
     after = get_fix_configs(model, data_only=True)["net.0"]
     assert after["running_mean"]["scale"] > items["running_mean"]["scale"]
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "standalone"])
+@pytest.mark.parametrize(("still", "moving"), [("weight", "buffer"), ("buffer", "weight")])
+def test_row17_buffers_and_weights_are_fixed_apart(still: str, moving: str, fold: bool) -> None:
+    model, x = normalized(fold, statistics_bits=4)
+    module, bn = ("net.0" if fold else "net.1"), model.net[1]
+    names = {"weight": "weight", "buffer": "running_var"}
+    model.eval()(x)
+    found = get_fix_configs(model, data_only=True)[module]
+    before = {kind: found[name]["scale"] for kind, name in names.items()}
+    set_fix_method(model, by_name={module: {still: FIX_FIXED}})
+    with torch.no_grad():
+        bn.running_var.mul_(64)
+        bn.weight.mul_(64)
+    model(x)
+    found = get_fix_configs(model, data_only=True)[module]
+    assert found[names[still]]["method"] == FIX_FIXED
+    assert found[names[moving]]["method"] == FIX_AUTO
+    assert found[names[still]]["scale"] == before[still]
+    assert found[names[moving]]["scale"] > before[moving]
+    assert_integer_exact(model, x)
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "standalone"])
+def test_row17_buffers_stay_float_while_the_rest_is_rounded(fold: bool) -> None:
+    model, x = normalized(fold, statistics_bits=3)
+    plain, _ = normalized(fold)
+    module = "net.0" if fold else "net.1"
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(x), plain.eval()(x))
+        set_fix_method(model, by_name={module: {"buffer": FIX_NONE}})
+        assert torch.equal(model(x), plain(x))
+    assert_integer_exact(model, x)
+    set_fix_method(model, by_name={module: {"buffer": FIX_AUTO}})
+    with torch.no_grad():
+        assert not torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("range_", ["absmax", "three_sigma", "90%", "mse", 4.0])
+def test_row17_buffers_have_a_range_of_their_own(range_: str | float) -> None:
+    model, x = normalized(True, statistics_bits=4, statistics_range=range_, weight_range="absmax")
+    model.eval()(x)
+    mean = model.net[1].running_mean
+    with torch.no_grad():
+        mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.1, 0.2, 7.0]))
+    model(x)
+    items = get_fix_configs(model, data_only=True)["net.0"]
+    statistic = RangeRule.parse_weight(range_).statistic
+    grid = Grid(4)
+    half = 4.0 if statistic is None else float(statistic.measure(mean[None], None, grid))
+    assert items["running_mean"]["scale"] == 8 * grid.step_value(half)
+    assert items["weight"]["range_method"] == 0
+    named = {"absmax": 0, "three_sigma": 1}
+    assert items["running_mean"]["range_method"] == named.get(str(range_), str(range_))
+
+
+def test_row17_fixed_buffers_go_through_configs_and_checkpoints() -> None:
+    model, x = normalized(True, statistics_bits=4)
+    model.eval()(x)
+    set_fix_method(model, by_name={"net.0": {"buffer": FIX_FIXED}})
+    with torch.no_grad():
+        model.net[1].running_mean.mul_(32)
+        expected = model(x)
+    configs, state = get_fix_configs(model, data_only=True), model.state_dict()
+    by_checkpoint, _ = normalized(True, statistics_bits=4)
+    by_checkpoint.load_state_dict(state)
+    by_configs, _ = normalized(True, statistics_bits=4)
+    by_configs.load_state_dict(
+        {name: v for name, v in state.items() if "linger" not in name}, False
+    )
+    load_fix_configs(by_configs, configs)
+    with torch.no_grad():
+        for other in (by_checkpoint, by_configs):
+            assert torch.equal(other.eval()(x), expected)
+            assert get_fix_configs(other, data_only=True) == configs
+
+
+@pytest.mark.parametrize("range_", ["lsq", "ema_absmax", "widest", 0.0])
+def test_a_wrong_range_of_statistics_names_the_argument(range_: str | float) -> None:
+    with pytest.raises(ConfigError, match="`statistics_range`"):
+        QuantConfig(statistics_range=range_)
 
 
 def test_row26_a_variance_is_never_zero() -> None:

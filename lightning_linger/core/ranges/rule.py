@@ -78,21 +78,25 @@ class RangeRule:
         return RangeRule(spec, STATISTICS[found[2]], accumulation)
 
     @staticmethod
-    def parse_weight(spec: str | float) -> RangeRule:
+    def parse_weight(spec: str | float, what: str = "`weight_range`") -> RangeRule:
         """Read the rule of a weight, which is seen whole: without an accumulation.
+
+        Args:
+            spec: The name, or the absolute maximum of a fixed range.
+            what: Names the argument in an error.
 
         Raises:
             ConfigError: If there is no such estimator for weights.
         """
-        rule = RangeRule.parse(spec, "`weight_range`")
+        rule = RangeRule.parse(spec, what)
         if rule.learned is not None:
             start = LEARNED[rule.learned].weight_start
             if start is None:
-                msg = f"`weight_range`: {spec!r} is for activations; 'lsq' and 'tqt' are for both."
+                msg = f"{what}: {spec!r} is for activations; 'lsq' and 'tqt' are for both."
                 raise ConfigError(msg)
             return replace(RangeRule.parse(start), name=spec, learned=rule.learned)
         if rule.accumulation != "all":
-            msg = f"`weight_range` sees one weight, not batches: drop the prefix. Found: {spec!r}."
+            msg = f"{what} sees one tensor, not batches: drop the prefix. Found: {spec!r}."
             raise ConfigError(msg)
         return rule
 

@@ -1,4 +1,4 @@
-"""Ranges of the weights of one site: where their steps come from, and steps that stand still."""
+"""Ranges of parameters of one site: where their steps come from, and steps that stand still."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.ranges import LearnedScale, RangeRule
 
-# Buffers that hold the steps of weights while ranges are frozen.
+# Buffers that hold the steps while ranges are frozen.
 _HELD = "held_"
 DEFAULT_BITS = 8
 
 
-class WeightRanges(Float32State):
-    """What the weights of a site are rounded to.
+class ParameterRanges(Float32State):
+    """What the weights of a site are rounded to, or the running statistics of its batch norm.
 
     Args:
         key: Of the site, for messages.
 
     Attributes:
-        grid: Grid of the weights; None while the site has none to round.
-        rule: Range estimator of the weights.
+        grid: Grid of the parameters; None while the site has none to round.
+        rule: Their range estimator.
         learned: Learned range of the weight, None for one that is only measured.
         learned_parts: Those of further weights, where the op has several.
         frozen: Whether the steps stay what they are.
-        latest_steps: Steps in the latest forward, by the name of the weight.
+        latest_steps: Steps in the latest forward, by the name of the parameter.
     """
 
     def __init__(self, key: str) -> None:
@@ -47,20 +47,20 @@ class WeightRanges(Float32State):
 
     @property
     def bits(self) -> int:
-        """Width of the weights."""
+        """Width of the parameters."""
         return self.grid.bits if self.grid else DEFAULT_BITS
 
     @property
     def clips(self) -> bool:
-        """Whether weights may lie beyond their range, which leaves values out or stands still."""
+        """Whether values may lie beyond their range, which leaves some out or stands still."""
         return self.frozen or (self.rule is not None and self.rule.clips)
 
     def reach(self, rows: Tensor, grid: Grid | None = None) -> Tensor:
-        """Return the half-range of a weight by the estimator.
+        """Return the half-range of a parameter by the estimator.
 
         Args:
             rows: Detached, ``[R, N]``: a row for each scale.
-            grid: What it is measured for; by default that of the weights.
+            grid: What it is measured for; by default that of the parameters.
 
         Returns:
             float32 ``[R]``.
@@ -90,7 +90,7 @@ class WeightRanges(Float32State):
         return [learned for learned in found if learned is not None]
 
     def freeze(self, frozen: bool) -> None:
-        """Let the steps stay what they are, or follow the weights again."""
+        """Let the steps stay what they are, or follow the parameters again."""
         self.frozen = frozen
         for learned in self.learned_scales():
             learned.requires_grad_(not frozen)
@@ -98,11 +98,11 @@ class WeightRanges(Float32State):
             self.release_steps()
 
     def held(self, name: str, step: Scalar) -> Scalar:
-        """Return the step of a weight, which stays what it is while ranges are frozen.
+        """Return the step of a parameter, which stays what it is while ranges are frozen.
 
         Args:
-            name: Tells the weights of the site apart.
-            step: What the weight asks for now.
+            name: Tells the parameters of the site apart.
+            step: What the parameter asks for now.
 
         Raises:
             ConfigError: If as many steps were never to be held.
@@ -125,10 +125,10 @@ class WeightRanges(Float32State):
         return step
 
     def hold(self, name: str, step: Scalar) -> Tensor:
-        """Set the step that a weight has while ranges are frozen, and return it.
+        """Set the step that a parameter has while ranges are frozen, and return it.
 
         Args:
-            name: Tells the weights of the site apart.
+            name: Tells the parameters of the site apart.
             step: 0-dim, or one per channel.
         """
         kept = torch.as_tensor(step, dtype=torch.float32).clone()
@@ -136,10 +136,10 @@ class WeightRanges(Float32State):
         return kept
 
     def step_in_use(self, name: str) -> Tensor | None:
-        """Return the step that a weight is held at, or had in the latest forward; None before.
+        """Return the step that a parameter is held at, or had in the latest forward; None before.
 
         Args:
-            name: Tells the weights of the site apart.
+            name: Tells the parameters of the site apart.
         """
         kept: Any = self._buffers.get(_held(name))
         step = self.latest_steps.get(name) if kept is None else kept
