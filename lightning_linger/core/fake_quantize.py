@@ -44,6 +44,17 @@ def _is_power_of_two(step: Scalar) -> bool:
     return isinstance(step, float) and (step.hex().startswith("0x1.0000000000000p"))
 
 
+def where_between(x: Tensor, value: Tensor, low: Scalar, high: Scalar) -> Tensor:
+    """Return ``x`` where ``low < value < high``, and zero elsewhere.
+
+    With numbers for bounds it is one vectorized kernel; on a CPU a mask takes many times as long.
+    """
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return x * ((value > low) & (value < high))
+    found: Tensor = torch.ops.aten.hardtanh_backward(x, value, low, high)
+    return found
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,13 +83,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if ctx.edges is None:
-            value, below, above = ctx.saved_tensors
-            masked = grad * ((value > below) & (value < above))
-        else:
-            (value,) = ctx.saved_tensors
-            masked = torch.ops.aten.hardtanh_backward(grad, value, *ctx.edges)
+        value, *saved = ctx.saved_tensors
+        masked = where_between(grads[0], value, *(ctx.edges or saved))
         return masked, None, None, None, None, None, None
 
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.core.fake_quantize import Bound, Scalar
+from lightning_linger.core.fake_quantize import Bound, Scalar, where_between
 from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid, ScaleKind
 
@@ -38,8 +39,7 @@ class LearnedKind:
         weight_start: Estimator of the first value for weights; None where the kind is not for them.
         parameter: Returns the parameter of a half-range.
         step: Returns the step of a parameter.
-        slope: ``slope(v, q, inside, step)`` returns the derivative of the rounded value with
-            respect to the parameter; ``inside`` says where the value is not clipped.
+        slope: Returns the derivatives of rounded values with respect to the parameter, at a step.
         about: What the parameter is, for the documentation.
         normalized: Whether the parameter's gradient is scaled as LSQ asks (section 2.2).
         either_sign: Whether a parameter and its negative stand for the same step. An optimizer may
@@ -51,7 +51,7 @@ class LearnedKind:
     weight_start: str | None
     parameter: Callable[[Tensor, Grid], Tensor]
     step: Callable[[Tensor, Grid], Tensor]
-    slope: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    slope: Callable[[Clipping, Tensor], Tensor]
     about: str
     normalized: bool = False
     either_sign: bool = False
@@ -67,9 +67,9 @@ def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
 
 
-def _lsq_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
+def _lsq_slope(at: Clipping, step: Tensor) -> Tensor:
     """LSQ, equation 3."""
-    return torch.where(inside, q - v, q)
+    return at.q - at.unclipped(at.v)
 
 
 def _tqt_parameter(half: Tensor, grid: Grid) -> Tensor:
@@ -80,18 +80,19 @@ def _tqt_step(parameter: Tensor, grid: Grid) -> Tensor:
     return _power_of_two(torch.ceil(parameter) - (grid.bits - 1))
 
 
-def _tqt_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
+def _tqt_slope(at: Clipping, step: Tensor) -> Tensor:
     """TQT, equations 6 to 8, with respect to log2 of the threshold."""
-    return torch.where(inside, q - v, q) * (step * math.log(2.0))
+    return _lsq_slope(at, step) * (step * math.log(2.0))
 
 
 def _pact_step(parameter: Tensor, grid: Grid) -> Tensor:
     return grid.step(parameter.abs().clamp(min=SMALLEST_STEP * grid.qmax))
 
 
-def _pact_slope(v: Tensor, q: Tensor, inside: Tensor, step: Tensor) -> Tensor:
+def _pact_slope(at: Clipping, step: Tensor) -> Tensor:
     """PACT, equation 3, on both sides of a signed grid."""
-    return torch.where(inside, 0.0, torch.sign(q))
+    sign = torch.sign(at.q)
+    return sign - at.unclipped(sign)
 
 
 LEARNED: dict[str, LearnedKind] = {
@@ -261,16 +262,18 @@ class Clipping:
     """Which values a window and a grid let through, in codes.
 
     Attributes:
+        real: The values.
+        window: What they were clamped into.
         v: The values behind the window.
         q: Their codes.
-        inside: Where the grid does not clip.
-        passes: Where a value has a gradient.
+        edges: What ``v`` lies between where the grid does not clip.
     """
 
+    real: Tensor
+    window: Interval
     v: Tensor
     q: Tensor
-    inside: Tensor
-    passes: Tensor
+    edges: tuple[Scalar, Scalar]
 
     @classmethod
     def of(
@@ -278,17 +281,36 @@ class Clipping:
         real: Tensor,
         rounded: Tensor,
         step: Tensor,
-        low: Tensor,
-        high: Tensor,
+        low: Bound,
+        high: Bound,
         window: Interval,
     ) -> Clipping:
         """Compare values with what they were rounded to (see :meth:`LearnedScale.carry`)."""
-        windowed = window != EVERYTHING
-        v, q = (real.clamp(*window) if windowed else real) / step, rounded / step
-        inside = (v >= low - 0.5) & (v < high + 0.5)
-        # At the edges themselves the window has no gradient, as ReLU has none at zero.
-        passes = inside & (real > window[0]) & (real < window[1]) if windowed else inside
-        return cls(v, q, inside, passes)
+        values = real if window == EVERYTHING else real.clamp(*window)
+        edges = (_just_below(low - 0.5, real.dtype), high + 0.5)
+        return cls(real, window, values / step, rounded / step, edges)
+
+    def unclipped(self, x: Tensor) -> Tensor:
+        """Return ``x`` where the grid does not clip, and zero elsewhere."""
+        return where_between(x, self.v, *self.edges)
+
+    def passed(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the values.
+
+        At the edges themselves the window has no gradient, as ReLU has none at zero.
+        """
+        passed = self.unclipped(grad)
+        if self.window == EVERYTHING:
+            return passed
+        return where_between(passed, self.real, *self.window)
+
+
+def _just_below(edge: Scalar, dtype: torch.dtype) -> Scalar:
+    if isinstance(edge, Tensor):
+        edge = edge.to(dtype)
+        return torch.nextafter(edge, torch.full_like(edge, -math.inf))
+    number = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(number(edge), number(-math.inf)))
 
 
 class _Carry(torch.autograd.Function):
@@ -306,23 +328,21 @@ class _Carry(torch.autograd.Function):
         scale: float,
         kind: str,
     ) -> Tensor:
-        numbers = [
-            torch.as_tensor(number, dtype=real.dtype, device=real.device)
-            for number in (step, low, high)
-        ]
-        ctx.save_for_backward(real, rounded, coarser, *numbers)
-        ctx.shape, ctx.window, ctx.scale, ctx.kind = parameter.shape, window, scale, kind
+        step = torch.as_tensor(step, dtype=real.dtype, device=real.device)
+        ctx.save_for_backward(real, rounded, coarser, step)
+        ctx.shape, ctx.scale, ctx.kind = parameter.shape, scale, kind
+        ctx.low, ctx.high, ctx.window = low, high, window
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        real, rounded, coarser, step, low, high = ctx.saved_tensors
-        at = Clipping.of(real, rounded, step, low, high, ctx.window)
+        real, rounded, coarser, step = ctx.saved_tensors
+        at = Clipping.of(real, rounded, step, ctx.low, ctx.high, ctx.window)
         grad = grads[0]
-        slope = LEARNED[ctx.kind].slope(at.v, at.q, at.inside, step)
+        slope = LEARNED[ctx.kind].slope(at, step)
         total = (grad * slope).float().sum_to_size(ctx.shape) * ctx.scale
         total = torch.where(coarser, total.clamp(max=0.0), total)
-        return grad * at.passes, total, None, None, None, None, None, None, None, None
+        return at.passed(grad), total, None, None, None, None, None, None, None, None
 
 
 def _shifts(grid: Grid) -> bool:

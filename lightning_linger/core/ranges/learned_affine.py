@@ -93,21 +93,19 @@ class _CarryOffset(torch.autograd.Function):
         window: Interval,
         scales: tuple[float, float],
     ) -> Tensor:
-        numbers = [
-            torch.as_tensor(number, dtype=real.dtype, device=real.device)
-            for number in (step, low, high)
-        ]
-        ctx.save_for_backward(real, rounded, *numbers)
-        ctx.window, ctx.scales = window, scales
+        step = torch.as_tensor(step, dtype=real.dtype, device=real.device)
+        ctx.save_for_backward(real, rounded, step)
+        ctx.low, ctx.high, ctx.window, ctx.scales = low, high, window, scales
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        real, rounded, step, low, high = ctx.saved_tensors
+        real, rounded, step = ctx.saved_tensors
         (grad,) = grads
-        at = Clipping.of(real, rounded, step, low, high, ctx.window)
+        at = Clipping.of(real, rounded, step, ctx.low, ctx.high, ctx.window)
         # The upper end is the offset plus all steps, the lower end the offset alone.
-        slope = torch.where(at.inside, at.q - at.v, torch.where(at.v > 0, high - low, 0.0))
+        end = at.q - ctx.low
+        slope = at.unclipped(at.q - at.v) + (end - at.unclipped(end))
         of_step = (grad * slope).float().sum() * ctx.scales[0]
-        of_offset = (grad * ~at.inside).float().sum() * ctx.scales[1]
-        return grad * at.passes, of_step, of_offset, None, None, None, None, None, None
+        of_offset = (grad - at.unclipped(grad)).float().sum() * ctx.scales[1]
+        return at.passed(grad), of_step, of_offset, None, None, None, None, None, None
