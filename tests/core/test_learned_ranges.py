@@ -81,15 +81,16 @@ def test_gradients_are_those_of_the_papers(kind: str, window: Window) -> None:
     ("kind", "slopes"),
     [
         # LSQ, equation 3, and TQT, equations 6 to 8.
-        ("lsq", [-8, 0, -0.25, -0.25, 0.25, 0, -0.25, 7]),
-        ("tqt", [-8, 0, -0.25, -0.25, 0.25, 0, -0.25, 7]),
+        ("lsq", [-8, 0.5, 0, -0.25, -0.25, 0.25, 0, -0.25, 7, 7]),
+        ("tqt", [-8, 0.5, 0, -0.25, -0.25, 0.25, 0, -0.25, 7, 7]),
         # PACT, equation 3, mirrored for negative values.
-        ("pact", [-1, 0, 0, 0, 0, 0, 0, 1]),
+        ("pact", [-1, 0, 0, 0, 0, 0, 0, 0, 1, 1]),
     ],
 )  # fmt: skip
 def test_gradients_value_by_value(kind: str, slopes: list[float]) -> None:
     # Clipped from where rounding leaves the codes: the end codes themselves have a gradient.
-    codes, passes = [-9, -8, -7.75, 0.25, 6.75, 7, 7.25, 8], [0, 1, 1, 1, 1, 1, 1, 0]
+    codes = [-9, -8.5, -8, -7.75, 0.25, 6.75, 7, 7.25, 7.5, 8]
+    passes = [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
     step = 0.5
     value = {"lsq": step * 7, "tqt": math.log2(step * 8), "pact": step * 8}[kind]
     ours = quantizer(kind, Grid(4), value)
