@@ -1,7 +1,9 @@
 """Fused fake-quantize: round to a grid and come back to float, with a clipping-aware gradient."""
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +55,15 @@ def where_between(x: Tensor, value: Tensor, low: Scalar, high: Scalar) -> Tensor
         return x * ((value > low) & (value < high))
     found: Tensor = torch.ops.aten.hardtanh_backward(x, value, low, high)
     return found
+
+
+def next_to(edge: Scalar, end: float, dtype: torch.dtype) -> Scalar:
+    """Return the next number of a dtype in the direction of an end: it makes ``<=`` of ``<``."""
+    if isinstance(edge, Tensor):
+        edge = edge.to(dtype)
+        return torch.nextafter(edge, torch.full_like(edge, end))
+    number = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(number(edge), number(end)))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -149,6 +160,34 @@ def round_to_coarser(x: Tensor, step: float, rounding: str) -> Tensor:
     """
     out: Tensor = _RoundToCoarser.apply(x, step, rounding)
     return out
+
+
+class _StraightThroughWithin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor, low: Scalar, high: Scalar) -> Tensor:
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            ctx.edges = None
+            ctx.save_for_backward(carrier, *map(torch.as_tensor, (low, high)))
+        else:
+            ctx.edges = (low, high)
+            ctx.save_for_backward(carrier)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        carrier, *saved = ctx.saved_tensors
+        grad = grads[0].to(carrier.dtype)
+        return None, where_between(grad, carrier, *(ctx.edges or saved)), None, None
+
+
+def straight_through_within(value: Tensor, carrier: Tensor, low: Scalar, high: Scalar) -> Tensor:
+    """Return ``value`` exactly, with the gradient of ``carrier.clamp(low, high)``."""
+    if torch.is_grad_enabled() and carrier.requires_grad:
+        below = next_to(low, -math.inf, carrier.dtype)
+        above = next_to(high, math.inf, carrier.dtype)
+        out: Tensor = _StraightThroughWithin.apply(value.detach(), carrier, below, above)
+        return out
+    return value
 
 
 class _StraightThrough(torch.autograd.Function):

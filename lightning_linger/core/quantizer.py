@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from lightning_linger.core.capture import can_read
 from lightning_linger.core.errors import ConfigError
-from lightning_linger.core.fake_quantize import Bound, Scalar, fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import (
+    Bound,
+    Scalar,
+    fake_quantize,
+    straight_through_within,
+)
 from lightning_linger.core.gradients import GradientQuantizer
 from lightning_linger.core.grid import Grid
 from lightning_linger.core.noise import Noise
@@ -301,8 +306,7 @@ class Quantizer(nn.Module):
             window = (self.window.low, self.window.high)
             return self.learned.carry(value, real, step, *self.codes(step), window=window)
         low, high = self.code_bounds(step)
-        carrier = clamped(real, low * step, high * step)
-        return straight_through(value, carrier.to(value.dtype))
+        return straight_through_within(value, real, low * step, high * step)
 
     @property
     def rounding(self) -> str | Rounder:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import without_autocast
-from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import Scalar, fake_quantize, straight_through_within
 from lightning_linger.core.integer import code_limits
 from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer, readable
@@ -228,8 +228,7 @@ def run_on_grid(
         return with_tag(codes, tag)
     value = codes.to(tag.dtype).mul_(step)
     if torch.is_grad_enabled():
-        low, high = (edge * step for edge in limits)
-        value = straight_through(value, real().clamp(low, high).to(tag.dtype))
+        value = straight_through_within(value, real(), *(edge * step for edge in limits))
     return with_tag(value, tag)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_linger.core.capture import capturing
-from lightning_linger.core.fake_quantize import Scalar, straight_through
+from lightning_linger.core.fake_quantize import Scalar, straight_through, straight_through_within
 from lightning_linger.core.integer import code_limits
 from lightning_linger.core.rounding import ROUNDINGS, round_value
 from lightning_linger.core.sites import Site
@@ -146,9 +146,11 @@ def finish_codes(
         value = (wide * result.scale).to(dtype)
     if torch.is_grad_enabled() and not integers:
         carrier = site.limit_output(real())
-        if result.tag is not None:
-            carrier = carrier.clamp(result.low * result.scale, result.high * result.scale)
-        value = straight_through(value, carrier.to(dtype))
+        if result.tag is None:
+            value = straight_through(value, carrier.to(dtype))
+        else:
+            low, high = result.low * result.scale, result.high * result.scale
+            value = straight_through_within(value, carrier, low, high)
     return value if result.tag is None else with_tag(value, result.tag)
 
 

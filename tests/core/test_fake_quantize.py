@@ -1,14 +1,20 @@
 """Fake quantization: the forward against integers, the gradient against its rule."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lightning_linger.core.fake_quantize import fake_quantize, straight_through
+from lightning_linger.core.fake_quantize import (
+    fake_quantize,
+    straight_through,
+    straight_through_within,
+)
 
 BITS = st.sampled_from([2, 3, 4, 8, 12, 16])
 
@@ -136,3 +142,29 @@ def test_straight_through_is_exact_forward_and_identity_backward() -> None:
     assert torch.equal(y, value)
     y.backward(torch.tensor([5.0, 7.0]))
     assert carrier.grad.tolist() == [5.0, 7.0]
+
+
+def as_tensor(bound: float) -> Tensor:
+    return torch.tensor(bound, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("as_bound", [float, as_tensor], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_within_has_the_gradient_of_its_carrier_edges_included(
+    as_bound: Callable[[float], float | Tensor], dtype: torch.dtype
+) -> None:
+    below, above = (
+        torch.nextafter(torch.tensor(x, dtype=dtype), torch.tensor(end, dtype=dtype))
+        for x, end in ((-1.5, -9.0), (0.7, 9.0))
+    )
+    edges = torch.tensor([-1.5, 0.7], dtype=dtype)
+    carrier = torch.stack([below, edges[0], torch.zeros((), dtype=dtype), edges[1], above])
+    carrier.requires_grad_()
+    value = torch.arange(5, dtype=torch.float32)
+    bounds = [as_bound(float(edge)) for edge in edges]
+    found = straight_through_within(value, carrier, *bounds)
+    assert torch.equal(found, value)
+    (found * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
+    assert carrier.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+    with torch.no_grad():
+        assert straight_through_within(value, carrier, *bounds) is value

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_linger.core.fake_quantize import Bound, Scalar, where_between
+from lightning_linger.core.fake_quantize import Bound, Scalar, next_to, where_between
 from lightning_linger.core.float32_state import Float32State
 from lightning_linger.core.grid import MAX_EXPONENT, MIN_EXPONENT, Grid, ScaleKind
 
@@ -287,7 +286,7 @@ class Clipping:
     ) -> Clipping:
         """Compare values with what they were rounded to (see :meth:`LearnedScale.carry`)."""
         values = real if window == EVERYTHING else real.clamp(*window)
-        edges = (_just_below(low - 0.5, real.dtype), high + 0.5)
+        edges = (next_to(low - 0.5, -math.inf, real.dtype), high + 0.5)
         return cls(real, window, values / step, rounded / step, edges)
 
     def unclipped(self, x: Tensor) -> Tensor:
@@ -303,14 +302,6 @@ class Clipping:
         if self.window == EVERYTHING:
             return passed
         return where_between(passed, self.real, *self.window)
-
-
-def _just_below(edge: Scalar, dtype: torch.dtype) -> Scalar:
-    if isinstance(edge, Tensor):
-        edge = edge.to(dtype)
-        return torch.nextafter(edge, torch.full_like(edge, -math.inf))
-    number = np.float64 if dtype == torch.float64 else np.float32
-    return float(np.nextafter(number(edge), number(-math.inf)))
 
 
 class _Carry(torch.autograd.Function):

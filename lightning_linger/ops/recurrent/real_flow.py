@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_linger.core.fake_quantize import straight_through
+from lightning_linger.core.fake_quantize import straight_through_within
 from lightning_linger.core.integer import code_limits
 from lightning_linger.core.payload import integer_codes, real_values
 from lightning_linger.core.quantizer import Quantizer
@@ -128,14 +128,15 @@ class RealFlow(Flow):
         with torch.no_grad():
             value = hidden.quantized(self.hidden_codes(h, grid)) * hidden.scale
         bounds = (hidden.low * hidden.scale, hidden.high * hidden.scale)
-        states = [straight_through(value.to(rows.dtype), full(h).to(rows.dtype).clamp(*bounds))]
+        value, real = value.to(rows.dtype), full(h).to(rows.dtype)
+        states = [straight_through_within(value, real, *bounds)]
         if self.kind == "lstm":
             c = full(self.state(1, direction)).to(rows.dtype)
             with torch.no_grad():
                 codes = cell_codes(c, hidden.rounding, self.site.platform_name)
             limit = formats_of(curves_of(self.site.platform_name)).cell_limit
             value = codes.to(rows.dtype) * CELL_STEP
-            states.append(straight_through(value, c.clamp(-limit, limit)))
+            states.append(straight_through_within(value, c, -limit, limit))
         return tuple(states)
 
     def joined(self, grid: Grid, outputs: Sequence[Tensor]) -> Tensor:
@@ -164,7 +165,7 @@ class RealFlow(Flow):
             with torch.no_grad():
                 codes = self._common_codes(states, step, bits)
             low, high = (code * step for code in code_limits(bits))
-            real = straight_through(codes.to(real.dtype) * step, real.clamp(low, high))
+            real = straight_through_within(codes.to(real.dtype) * step, real, low, high)
             tag = dataclasses.replace(tag, reach=None)
         real = grid.quantizer.with_rounded_gradient(real.to(self.dtype))
         return with_tag(real, dataclasses.replace(tag, step=step, bits=bits))
