@@ -105,14 +105,14 @@ SPOKEN_WORDS = Task(
     # Short epochs of a network without redundancy: few bits need as much training again.
     tuning_epochs=12,
     tuning_rate=8e-3,
-    frozen_from=8,
+    frozen_from=10,
 )
 SPOKEN_WORDS_LONG = dataclasses.replace(
     SPOKEN_WORDS,
     name="kws_long",
     title="depthwise separable CNN, tuned three times as long",
     tuning_epochs=36,
-    frozen_from=24,
+    frozen_from=30,
 )
 
 TASKS: dict[str, Task] = {
