@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -14,12 +15,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import quantized
 from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of, verdict
-from benchmarks.accuracy.peers import Exported, FreezeStatistics, prepared_graph
+from benchmarks.accuracy.peers import Exported, Freeze, prepared_graph
 from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
 from benchmarks.accuracy.results import SEEDS, STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Score, fit
+from lightning_linger.core.instrumentation import instrumentation_of
 
 LEARNED_8 = ("linger", "QAT", "lsq", 8)
 TEMPLATE = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES)
@@ -111,16 +114,45 @@ def test_a_changed_setting_makes_a_result_stale(tmp_path: Path) -> None:
     assert results.get(task, 0, changed) is None
 
 
-def test_where_statistics_stand_still_makes_only_results_of_qat_stale(tmp_path: Path) -> None:
+def test_where_ranges_stand_still_makes_only_results_of_qat_with_few_bits_stale(
+    tmp_path: Path,
+) -> None:
     task = TASKS["kws"]
     later = dataclasses.replace(task, frozen_from=9)
     results = Results(tmp_path / "results")
-    recipes = (FLOAT, ours("linger", "PTQ", "mse", 4), ours("linger", "QAT", "lsq", 4))
-    for recipe in (*recipes, peer("torchao", 4)):
+    few = (ours("linger", "QAT", "lsq", 4), peer("torchao", 4))
+    others = (FLOAT, ours("linger", "PTQ", "mse", 4), ours(*LEARNED_8), peer("torchao", 8))
+    for recipe in (*few, *others):
         results.put(task, 0, recipe, Score(9, 10))
-    assert all(results.get(task, 0, recipe) for recipe in recipes)
-    assert [results.get(later, 0, recipe) is None for recipe in recipes] == [False, False, True]
-    assert results.get(later, 0, peer("torchao", 4)) is None
+    assert all(results.get(task, 0, recipe) for recipe in (*few, *others))
+    assert all(results.get(later, 0, recipe) is None for recipe in few)
+    assert all(results.get(later, 0, recipe) for recipe in others)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_with_few_bits_statistics_and_ranges_stand_still_from_an_epoch_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = dataclasses.replace(TASKS["digits"], tuning_epochs=2, frozen_from=1)
+    steps: list[list[torch.Tensor]] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            sites = instrumentation_of(pl_module).sites
+            ranges = [q.estimator.range.clone() for site in sites for q in site.quantizers()]
+            steps.append([*ranges, pl_module.network.bn.running_mean.clone()])
+
+    def watched_fit(*arguments: Any, callbacks: Any) -> Any:
+        return fit(*arguments, callbacks=[*callbacks, Watch()])
+
+    monkeypatch.setattr(quantized, "fit", watched_fit)
+    for bits in (4, 8):
+        recipe = ours("linger", "QAT", "absmax", bits)
+        quantized.train_quantized(recipe, task, task.network(), task.data(0), 0)
+    pairs = [zip(*steps[at : at + 2], strict=True) for at in (0, 2)]
+    still, moving = ([torch.equal(*pair) for pair in found] for found in pairs)
+    assert all(still)
+    assert not any(moving)
 
 
 def test_a_library_that_is_not_there_is_left_out_aloud(
@@ -167,20 +199,22 @@ def test_torchao_has_the_widths_of_our_recipes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_statistics_of_torchao_stand_still_from_the_same_epoch_on() -> None:
+def test_torchao_stands_still_from_the_same_epoch_on() -> None:
     pytest.importorskip("torchao")
     task = dataclasses.replace(TASKS["digits"], tuning_epochs=2, frozen_from=1)
     model = Exported(copy.deepcopy(prepared_graph(task, 8)))
-    kept: list[torch.Tensor] = []
+    kept: list[dict[str, torch.Tensor]] = []
 
     class Watch(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            kept.append(dict(model.graph.named_buffers())["bn.running_mean"].clone())
+            kept.append({name: x.clone() for name, x in model.graph.named_buffers()})
 
-    callbacks = [FreezeStatistics(task.frozen_from), Watch()]
+    callbacks = [Freeze(task.frozen_from), Watch()]
     fit(model, task.data(0), 0, task.tuning_epochs, task.tuning_rate, callbacks)
-    assert kept[0].any()
-    assert torch.equal(*kept)
+    assert kept[0]["bn.running_mean"].any()
+    observed = [name for name in kept[0] if name.endswith("min_val")]
+    assert observed
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in (*observed, "bn.running_mean"))
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

@@ -85,13 +85,15 @@ def widen_ends(graph: torch.fx.GraphModule, task: Task) -> None:
                 annotation.output_qspec = outer.output_activation
 
 
-class FreezeStatistics(pl.Callback):
-    """Lets the statistics of a graph's batch norms stand still from an epoch on."""
+class Freeze(pl.Callback):
+    """Lets the statistics of a graph's batch norms and its ranges stand still from an epoch on."""
 
     def __init__(self, epoch: int | None) -> None:
         self.epoch = epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torchao.quantization.pt2e import disable_observer
+
         if trainer.current_epoch != self.epoch:
             return
         graph = pl_module.network.graph
@@ -99,6 +101,7 @@ class FreezeStatistics(pl.Callback):
             if node.target is torch.ops.aten.batch_norm.default:
                 node.update_arg(TRAINING_ARGUMENT, False)
         graph.recompile()
+        graph.apply(disable_observer)
 
 
 @functools.cache
@@ -126,7 +129,7 @@ def torchao(
 
     graph = copy.deepcopy(prepared_graph(task, recipe.bits))
     graph.load_state_dict(network.state_dict(), strict=False)
-    freeze = FreezeStatistics(task.frozen_from)
+    freeze = Freeze(recipe.frozen_from(task))
     learner = fit(Exported(graph), data, seed, task.tuning_epochs, task.tuning_rate, [freeze])
     graph.apply(disable_observer)
     return score(learner, data[1])

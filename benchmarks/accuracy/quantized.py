@@ -25,10 +25,14 @@ def train_quantized(
 ) -> Score:
     """Fine-tune a copy of a network with quantization on, and measure its integers."""
     network = copy.deepcopy(network)
-    folding = FuseBNCallback(at_epoch=0, freeze_at_epoch=task.frozen_from)
+    frozen_from = recipe.frozen_from(task)
+    folding = FuseBNCallback(at_epoch=0, freeze_at_epoch=frozen_from)
     fold = [folding] if has_batch_norm(network) else []
     quantize = QuantizeCallback(
-        at_epoch=0, overrides=recipe.overrides(task, prefix="network."), **recipe.fields
+        at_epoch=0,
+        freeze_at_epoch=frozen_from,
+        overrides=recipe.overrides(task, prefix="network."),
+        **recipe.fields,
     )
     learner = fit(
         network, data, seed, task.tuning_epochs, task.tuning_rate, callbacks=[*fold, quantize]

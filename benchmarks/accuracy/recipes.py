@@ -84,10 +84,10 @@ class Recipe:
         """Key of its results."""
         return f"{self.scheme} {self.flow} {self.method} {self.bits}"
 
-    @property
-    def trains_quantized(self) -> bool:
-        """Whether quantization is on in training."""
-        return self.flow in ("QAT", "peer")
+    def frozen_from(self, task: Task) -> int | None:
+        """Return the first epoch in which statistics and ranges stand still, None for none."""
+        trains_few_bits = self.flow in ("QAT", "peer") and self.bits < OUTER_BITS
+        return task.frozen_from if trains_few_bits else None
 
     def overrides(self, task: Task, prefix: str) -> dict[str, Fields]:
         """Return what the first and last layer differ in."""

@@ -31,9 +31,10 @@ class Key(NamedTuple):
 
 def settings_of(task: Task, recipe: Recipe) -> str:
     """Return a short digest of what a result depends on: a changed setting makes it stale."""
-    numbers: tuple[float, ...] = (
+    frozen_from = recipe.frozen_from(task)
+    numbers: tuple[object, ...] = (
         *(task.epochs, task.tuning_epochs, task.learning_rate, task.tuning_rate),
-        *(() if task.frozen_from is None or not recipe.trains_quantized else (task.frozen_from,)),
+        *(() if frozen_from is None else (frozen_from, "statistics and ranges")),
     )
     fields = {name: recipe.fields[name] for name in sorted(recipe.fields)}
     return hashlib.sha256(repr((numbers, fields)).encode()).hexdigest()[:8]

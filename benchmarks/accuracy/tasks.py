@@ -44,8 +44,8 @@ class Task:
         learning_rate: Of the training in float.
         tuning_epochs: Of every recipe, float included.
         tuning_rate: The learning rate of every recipe, float included.
-        frozen_from: First epoch of QAT in which the statistics of folded batch norms stand still;
-            None where they never do.
+        frozen_from: First epoch of QAT with few bits in which the statistics of batch norms and
+            the ranges stand still; None where they never do.
     """
 
     name: str
@@ -105,14 +105,14 @@ SPOKEN_WORDS = Task(
     # Short epochs of a network without redundancy: few bits need as much training again.
     tuning_epochs=12,
     tuning_rate=8e-3,
-    frozen_from=10,
+    frozen_from=8,
 )
 SPOKEN_WORDS_LONG = dataclasses.replace(
     SPOKEN_WORDS,
     name="kws_long",
     title="depthwise separable CNN, tuned three times as long",
     tuning_epochs=36,
-    frozen_from=30,
+    frozen_from=24,
 )
 
 TASKS: dict[str, Task] = {
