@@ -140,7 +140,8 @@ def test_with_few_bits_statistics_and_ranges_stand_still_from_an_epoch_on(
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             sites = instrumentation_of(pl_module).sites
             ranges = [q.estimator.range.clone() for site in sites for q in site.quantizers()]
-            steps.append([*ranges, pl_module.network.bn.running_mean.clone()])
+            # The first is that of the images, whose largest value is the same in every epoch.
+            steps.append([*ranges[1:], pl_module.network.bn.running_mean.clone()])
 
     def watched_fit(*arguments: Any, callbacks: Any) -> Any:
         return fit(*arguments, callbacks=[*callbacks, Watch()])
