@@ -129,7 +129,7 @@ def torchao(
 
     graph = copy.deepcopy(prepared_graph(task, recipe.bits))
     graph.load_state_dict(network.state_dict(), strict=False)
-    freeze = Freeze(recipe.frozen_from(task))
+    freeze = Freeze(recipe.statistics_frozen_from(task))
     learner = fit(Exported(graph), data, seed, task.tuning_epochs, task.tuning_rate, [freeze])
     graph.apply(disable_observer)
     return score(learner, data[1])

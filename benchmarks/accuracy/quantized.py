@@ -25,12 +25,11 @@ def train_quantized(
 ) -> Score:
     """Fine-tune a copy of a network with quantization on, and measure its integers."""
     network = copy.deepcopy(network)
-    frozen_from = recipe.frozen_from(task)
-    folding = FuseBNCallback(at_epoch=0, freeze_at_epoch=frozen_from)
+    folding = FuseBNCallback(at_epoch=0, freeze_at_epoch=recipe.statistics_frozen_from(task))
     fold = [folding] if has_batch_norm(network) else []
     quantize = QuantizeCallback(
         at_epoch=0,
-        freeze_at_epoch=frozen_from,
+        freeze_at_epoch=recipe.ranges_frozen_from(task),
         overrides=recipe.overrides(task, prefix="network."),
         **recipe.fields,
     )

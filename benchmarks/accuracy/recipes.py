@@ -57,6 +57,7 @@ METHODS: dict[Flow, dict[str, Fields]] = {
     },
 }
 LEARNED = ("lsq", "tqt")
+LEARNED_ACTIVATIONS = (*LEARNED, "pact")
 BOTH = ("linger", "onnxruntime")
 
 
@@ -84,10 +85,15 @@ class Recipe:
         """Key of its results."""
         return f"{self.scheme} {self.flow} {self.method} {self.bits}"
 
-    def frozen_from(self, task: Task) -> int | None:
-        """Return the first epoch in which statistics and ranges stand still, None for none."""
+    def statistics_frozen_from(self, task: Task) -> int | None:
+        """Return the first epoch in which statistics of batch norms stand still, None for none."""
         trains_few_bits = self.flow in ("QAT", "peer") and self.bits < OUTER_BITS
         return task.frozen_from if trains_few_bits else None
+
+    def ranges_frozen_from(self, task: Task) -> int | None:
+        """Return the first epoch in which ranges stand still, None for none and learned ones."""
+        learned = self.method in LEARNED_ACTIVATIONS
+        return None if learned else self.statistics_frozen_from(task)
 
     def overrides(self, task: Task, prefix: str) -> dict[str, Fields]:
         """Return what the first and last layer differ in."""

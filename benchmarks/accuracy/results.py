@@ -31,10 +31,10 @@ class Key(NamedTuple):
 
 def settings_of(task: Task, recipe: Recipe) -> str:
     """Return a short digest of what a result depends on: a changed setting makes it stale."""
-    frozen_from = recipe.frozen_from(task)
-    numbers: tuple[object, ...] = (
+    frozen_from = (recipe.statistics_frozen_from(task), recipe.ranges_frozen_from(task))
+    numbers: tuple[float, ...] = (
         *(task.epochs, task.tuning_epochs, task.learning_rate, task.tuning_rate),
-        *(() if frozen_from is None else (frozen_from, "statistics and ranges")),
+        *(epoch for epoch in frozen_from if epoch is not None),
     )
     fields = {name: recipe.fields[name] for name in sorted(recipe.fields)}
     return hashlib.sha256(repr((numbers, fields)).encode()).hexdigest()[:8]

@@ -45,7 +45,7 @@ class Task:
         tuning_epochs: Of every recipe, float included.
         tuning_rate: The learning rate of every recipe, float included.
         frozen_from: First epoch of QAT with few bits in which the statistics of batch norms and
-            the ranges stand still; None where they never do.
+            observed ranges stand still; None where they never do.
     """
 
     name: str
