@@ -22,6 +22,7 @@ from lightning_linger.ops.conv import (
     stored,
 )
 from lightning_linger.ops.prepared import Prepared
+from lightning_linger.ops.refused import RefusedOp
 from lightning_linger.ops.results import IntegerResult
 from lightning_linger.ops.weighted import WeightedOp
 
@@ -147,3 +148,10 @@ class LinearOp(WeightedOp):
 
 
 register(LinearOp("linear"))
+register(
+    RefusedOp(
+        "bilinear",
+        "multiplies three tensors in one call; write "
+        "`(linear(x).unflatten(-1, (out_features, -1)) * y.unsqueeze(-2)).sum(-1)`",
+    )
+)

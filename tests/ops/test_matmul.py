@@ -357,3 +357,21 @@ def test_a_product_of_two_parameters_stays_float():
     model.eval()
     assert_integer_exact(model, x)
     assert bits_of(model(x), float(site_of(model, "/linear/0").output.step())).any()
+
+
+def test_what_is_advised_in_the_place_of_bilinear_is_the_same_and_runs_on_integers():
+    pairs = nn.Bilinear(3, 5, 4, bias=False)
+    by_left = nn.Linear(3, 4 * 5, bias=False)
+    with torch.no_grad():
+        by_left.weight.copy_(pairs.weight.transpose(1, 2).reshape(4 * 5, 3))
+    model = Lambda(
+        lambda self, x, y: (self.by_left(x).unflatten(-1, (4, -1)) * y.unsqueeze(-2)).sum(-1),
+        by_left=by_left,
+    )
+    inputs = (torch.randn(7, 3), torch.randn(7, 5))
+    assert torch.allclose(model(*inputs), pairs(*inputs), atol=1e-6)
+    linger.prepare(model, inputs)
+    linger.quantize(model)
+    train(model, inputs, 2, 0.0)
+    assert all(row.system == "fake" for row in linger.summary(model))
+    assert_integer_exact(model.eval(), *inputs)

@@ -22,6 +22,16 @@ def _bag(rng):
     return model, (torch.randint(0, 9, (5, 3)),)
 
 
+def _bilinear(rng):
+    model = Lambda(
+        lambda self, x: self.pairs(self.left(x), self.right(x)).relu(),
+        left=nn.Linear(6, 3),
+        right=nn.Linear(6, 5),
+        pairs=nn.Bilinear(3, 5, 4),
+    )
+    return model, (torch.randn(7, 6),)
+
+
 CASES = [
     _float("floor_divide", lambda a, b: a // (b.abs() + 1), "whole numbers", 2),
     _float("remainder", lambda a: a % 0.5, "jumps"),
@@ -41,5 +51,6 @@ CASES = [
         on_convs(lambda a, b: torch.baddbmm(a[:, 0], a[:, 1], b[:, 1]), 2),
         why_float="torch.bmm",
     ),
-    Case("embedding_bag", "float", _bag, why_float=""),
+    Case("embedding_bag", "float", _bag, why_float="use `embedding`"),
+    Case("bilinear", "float", _bilinear, why_float="`(linear(x).unflatten"),
 ]
