@@ -180,7 +180,7 @@ PLAN: tuple[Step, ...] = (
     Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), OTHER_BITS)),
     Step(("digits",), _peers(PEERS, OTHER_BITS)),
     Step(NETWORKS, _all(BOTH, "PTQ", FURTHER_PTQ)),
-    Step(CONVOLUTIONAL, _all(("tflite",), "PTQ", ("absmax",))),
+    Step(CONVOLUTIONAL, _all(("tflite",), "PTQ", ("absmax", "mse", *FURTHER_PTQ))),
     Step(tuple(TASKS), _all(("cambricon",), "PTQ", ("minmax", "mean_minmax"), (8,))),
     Step(NETWORKS, _all(BOTH, "QAT", ("tqt",))),
     Step(NETWORKS, _all(("nics_fix",), "QAT", ("last_absmax",))),
