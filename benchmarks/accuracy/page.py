@@ -9,10 +9,13 @@ from pathlib import Path
 from benchmarks.accuracy.recipes import (
     BITS,
     FLOAT,
+    FROZEN,
+    FROZEN_TASK,
     LEARNED,
     PEERS,
     PLAN,
     SCHEMES,
+    STILL,
     Recipe,
     ours,
     peer,
@@ -34,10 +37,10 @@ TARGETS: tuple[tuple[int, tuple[str, ...], float], ...] = (
 
 
 def planned(task: str) -> list[Recipe]:
-    """Return the recipes of a task in the order of its table: by flow, scheme, method, bits."""
+    """Return the recipes of a task's table in its order: by flow, scheme, method, bits."""
     found = {recipe.name: recipe for step in PLAN if task in step.tasks for recipe in step.recipes}
     flows, schemes = ("PTQ", "QAT", "peer"), [*SCHEMES, *PEERS]
-    inner = [recipe for recipe in found.values() if recipe != FLOAT]
+    inner = [recipe for recipe in found.values() if recipe != FLOAT and recipe.still is None]
     return sorted(inner, key=lambda r: (flows.index(r.flow), schemes.index(r.scheme), r.method))
 
 
@@ -133,9 +136,21 @@ def peers(results: Results) -> str:
     )
 
 
+def frozen(results: Results) -> str:
+    """Return what it is worth that statistics and ranges stand still in the last part of QAT."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for recipe in FROZEN:
+        key = (recipe.scheme, recipe.method, str(recipe.bits))
+        text = cell(summary_of(results, FROZEN_TASK, recipe), SEEDS)
+        rows.setdefault(key, []).append(text)
+    head = ("scheme", "ranges", "bits", *STILL)
+    return table(head, [(*key, *cells) for key, cells in rows.items()])
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "accuracies": accuracies,
     "targets": targets,
+    "frozen": frozen,
     "peers": peers,
 }
 

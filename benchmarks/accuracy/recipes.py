@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning_linger as linger
 from benchmarks.accuracy.tasks import TASKS, Task
 
 Flow = Literal["float", "PTQ", "QAT", "peer"]
 Fields = Mapping[str, Any]
+# What stands still in the last part of QAT.
+Still = Literal["nothing", "statistics", "statistics and ranges"]
 
 BITS = (8, 6, 4, 3, 2)
 # The input, the weights of the first and last layer, and the logits, as in LSQ's tables.
@@ -72,6 +74,8 @@ class Recipe:
         method: How ranges are found.
         bits: Of everything but the ends; 32 for float.
         fields: What of the configuration differs from the default.
+        still: What stands still from ``Task.frozen_from`` on, ranges that are learned included;
+            None for what the protocol says.
     """
 
     scheme: str
@@ -79,21 +83,34 @@ class Recipe:
     method: str
     bits: int
     fields: Fields = field(default_factory=dict, compare=False)
+    still: Still | None = None
 
     @property
     def name(self) -> str:
         """Key of its results."""
-        return f"{self.scheme} {self.flow} {self.method} {self.bits}"
+        name = f"{self.scheme} {self.flow} {self.method} {self.bits}"
+        return name if self.still is None else f"{name}, still: {self.still}"
+
+    @property
+    def protocol(self) -> Still:
+        """What stands still as long as ``still`` says nothing else."""
+        trains_few_bits = self.flow in ("QAT", "peer") and self.bits < OUTER_BITS
+        if not trains_few_bits:
+            return "nothing"
+        return "statistics" if self.method in LEARNED_ACTIVATIONS else "statistics and ranges"
+
+    def with_still(self, still: Still) -> Recipe:
+        """Return the recipe with something else that stands still."""
+        return self if still == self.protocol else dataclasses.replace(self, still=still)
 
     def statistics_frozen_from(self, task: Task) -> int | None:
         """Return the first epoch in which statistics of batch norms stand still, None for none."""
-        trains_few_bits = self.flow in ("QAT", "peer") and self.bits < OUTER_BITS
-        return task.frozen_from if trains_few_bits else None
+        return None if (self.still or self.protocol) == "nothing" else task.frozen_from
 
     def ranges_frozen_from(self, task: Task) -> int | None:
-        """Return the first epoch in which ranges stand still, None for none and learned ones."""
-        learned = self.method in LEARNED_ACTIVATIONS
-        return None if learned else self.statistics_frozen_from(task)
+        """Return the first epoch in which ranges stand still, None for none."""
+        everything = (self.still or self.protocol) == "statistics and ranges"
+        return task.frozen_from if everything else None
 
     def overrides(self, task: Task, prefix: str) -> dict[str, Fields]:
         """Return what the first and last layer differ in."""
@@ -165,13 +182,22 @@ CONVOLUTIONAL = ("digits", "kws")
 MAIN_BITS, OTHER_BITS = (8, 4), (6, 3, 2)
 FURTHER_PTQ = ("ema_absmax", "three_sigma", "99.9%", "kl", "l1")
 
+# One network, one scheme and these ranges and widths show what standing still is worth.
+FROZEN_TASK, FROZEN_SCHEME, FROZEN_METHODS = "kws", "onnxruntime", ("absmax", "lsq")
+STILL: tuple[Still, ...] = get_args(Still)
+FROZEN = tuple(
+    recipe.with_still(still)
+    for recipe in _all((FROZEN_SCHEME,), "QAT", FROZEN_METHODS, MAIN_BITS)
+    for still in STILL
+)
+
 # What matters most comes first, so that a run that is cut short has it.
 PLAN: tuple[Step, ...] = (
     Step(NETWORKS, (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse")))),
     Step(NETWORKS, _all(BOTH, "QAT", ("absmax", "lsq"), MAIN_BITS)),
     Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), MAIN_BITS)),
     Step(("digits",), _peers(PEERS, MAIN_BITS)),
-    Step(("kws",), _peers(("torchao",), MAIN_BITS)),
+    Step(("kws",), _peers(("torchao",), BITS)),
     Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
     Step(("kws_long",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
     Step(("kws_long",), _all(("linger",), "QAT", ("tqt",), MAIN_BITS)),
@@ -186,4 +212,5 @@ PLAN: tuple[Step, ...] = (
     Step(NETWORKS, _all(("nics_fix",), "QAT", ("last_absmax",))),
     Step(NETWORKS, _all(BOTH, "QAT", ("pact", "99.9%", "mse"))),
     Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("99.9%", "mse"))),
+    Step((FROZEN_TASK,), tuple(recipe for recipe in FROZEN if recipe.still is not None)),
 )

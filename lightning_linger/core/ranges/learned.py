@@ -61,6 +61,11 @@ def _half_range(half: Tensor, grid: Grid) -> Tensor:
     return half
 
 
+def _lsq_parameter(half: Tensor, grid: Grid) -> Tensor:
+    # From the power of two that covers a half-range, the next ones are equally far.
+    return grid.step(half) * grid.qmax if _shifts(grid) else half
+
+
 def _lsq_step(parameter: Tensor, grid: Grid) -> Tensor:
     step = (parameter.abs() / grid.qmax).clamp(min=SMALLEST_STEP)
     return _power_of_two(torch.round(torch.log2(step))) if _shifts(grid) else step
@@ -98,14 +103,12 @@ LEARNED: dict[str, LearnedKind] = {
     "lsq": LearnedKind(
         "ema_mse",
         "mse",
-        _half_range,
+        _lsq_parameter,
         _lsq_step,
         _lsq_slope,
         "the half-range, `qmax` steps; its sign does not count",
         normalized=True,
         either_sign=True,
-        # Where its step is rounded to a power of two, it is to the next one, up or down.
-        start_scale="free",
     ),
     "tqt": LearnedKind(
         "ema_mse",
