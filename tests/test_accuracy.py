@@ -18,7 +18,17 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import quantized
 from benchmarks.accuracy.page import MARK, PAGE, TABLES, page, summary_of, verdict
 from benchmarks.accuracy.peers import Exported, Freeze, prepared_graph
-from benchmarks.accuracy.recipes import BITS, FLOAT, PEERS, PLAN, ours, peer
+from benchmarks.accuracy.recipes import (
+    BITS,
+    FLOAT,
+    FROZEN_SCHEME,
+    FROZEN_TASK,
+    PEERS,
+    PLAN,
+    Still,
+    ours,
+    peer,
+)
 from benchmarks.accuracy.results import SEEDS, STORED, Results, Summary, behind
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Score, fit
@@ -131,11 +141,22 @@ def test_where_ranges_stand_still_makes_only_results_of_qat_with_few_bits_stale(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("method", "bits", "still"),
-    [("absmax", 4, {"ranges", "statistics"}), ("lsq", 4, {"statistics"}), ("absmax", 8, set())],
+    ("method", "bits", "asked", "still"),
+    [
+        ("absmax", 4, None, {"ranges", "statistics"}),
+        ("lsq", 4, None, {"statistics"}),
+        ("absmax", 8, None, set()),
+        ("absmax", 4, "nothing", set()),
+        ("absmax", 8, "statistics", {"statistics"}),
+        ("lsq", 4, "statistics and ranges", {"ranges", "statistics"}),
+    ],
 )
-def test_with_few_bits_statistics_and_observed_ranges_stand_still_from_an_epoch_on(
-    method: str, bits: int, still: set[str], monkeypatch: pytest.MonkeyPatch
+def test_with_few_bits_or_as_asked_statistics_and_ranges_stand_still_from_an_epoch_on(
+    method: str,
+    bits: int,
+    asked: Still | None,
+    still: set[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = dataclasses.replace(TASKS["digits"], tuning_epochs=2, frozen_from=1)
     seen: list[dict[str, list[torch.Tensor]]] = []
@@ -152,10 +173,37 @@ def test_with_few_bits_statistics_and_observed_ranges_stand_still_from_an_epoch_
 
     monkeypatch.setattr(quantized, "fit", watched_fit)
     recipe = ours("onnxruntime", "QAT", method, bits)
+    recipe = recipe if asked is None else recipe.with_still(asked)
     quantized.train_quantized(recipe, task, task.network(), task.data(0), 0)
     before, after = seen
     same = {what: [*map(torch.equal, before[what], after[what])] for what in before}
     assert {what for what, equal in same.items() if all(equal)} == still
+
+
+def test_what_stands_still_has_a_table_of_its_own(tmp_path: Path) -> None:
+    results, task = Results(tmp_path / "results"), TASKS[FROZEN_TASK]
+    recipe = ours(FROZEN_SCHEME, "QAT", "lsq", 4)
+    assert recipe.with_still(recipe.protocol) == recipe
+    for correct, found in ((70, FLOAT), (60, recipe), (50, recipe.with_still("nothing"))):
+        for seed in range(SEEDS):
+            results.put(task, seed, found, Score(correct, 100))
+    text = page(TEMPLATE, results)
+    assert "| onnxruntime | lsq | 4 | 50.00 ± 0.00 | 60.00 ± 0.00 |  |" in text
+    assert text.count("50.00 ± 0.00") == 1
+
+
+def test_each_network_that_others_train_is_compared_with_them(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    for name, others in (("digits", ("torchao", "brevitas")), ("kws", ("torchao",))):
+        for seed in range(SEEDS):
+            results.put(TASKS[name], seed, ours("tflite", "QAT", "lsq", 4), Score(70, 100, 0))
+            for other in others:
+                results.put(TASKS[name], seed, peer(other, 4), Score(60, 100))
+    text = TABLES["peers"](results)
+    assert "`tflite` - torchao | `tflite` - brevitas |" in text
+    assert "`tflite` - torchao |\n" in text
+    assert text.count("+10.00 ± 0.00") == 3
+    assert text.count("### ") == 2
 
 
 def test_a_library_that_is_not_there_is_left_out_aloud(

@@ -21,7 +21,7 @@ from benchmarks.accuracy.recipes import (
     peer,
 )
 from benchmarks.accuracy.results import SEEDS, Results, Summary, behind
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tasks import TASKS, Task
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "accuracy.md"
@@ -58,6 +58,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def heading(task: Task) -> str:
+    """Return the heading of a network's table."""
+    return f"### {task.title[0].upper()}{task.title[1:]}"
+
+
 def summary_of(results: Results, task: str, recipe: Recipe) -> Summary | None:
     """Return mean and deviation of a recipe's accuracies over the seeds that every recipe has."""
     accuracies = results.accuracies(task, recipe, range(SEEDS))
@@ -72,8 +77,8 @@ def accuracies(results: Results) -> str:
         if reference is None:
             continue
         rows = by_method(results, name, reference.seeds)
-        title = f"### {task.title[0].upper()}{task.title[1:]}"
-        parts += [title, f"Float: {cell(reference, reference.seeds)} %, {reference.seeds} seeds."]
+        count = f"{reference.seeds} seeds"
+        parts += [heading(task), f"Float: {cell(reference, reference.seeds)} %, {count}."]
         parts.append(table(("", "scheme", "ranges", *(f"{bits} bits" for bits in BITS)), rows))
     return "\n\n".join(parts)
 
@@ -117,23 +122,36 @@ def targets(results: Results) -> str:
 
 
 def peers(results: Results) -> str:
-    """Return how this library compares with others, seed by seed, on the digits CNN."""
+    """Return how this library compares with others, seed by seed, a table for each network."""
+    return "\n\n".join(part for task in TASKS for part in compared(results, task, peers_of(task)))
+
+
+def peers_of(task: str) -> list[str]:
+    """Return the names of the libraries that train a task's network."""
+    found = {recipe.scheme for recipe in planned(task) if recipe.flow == "peer"}
+    return [name for name in PEERS if name in found]
+
+
+def compared(results: Results, task: str, others: Sequence[str]) -> tuple[str, ...]:
+    """Return a title and the table of one network, nothing where nobody else trains it."""
     seeds = range(SEEDS)
     rows = []
     for bits in BITS:
         own = [
-            results.accuracies("digits", ours(scheme, "QAT", LEARNED[0], bits), seeds)
+            results.accuracies(task, ours(scheme, "QAT", LEARNED[0], bits), seeds)
             for scheme in COMPARED
         ]
-        others = [results.accuracies("digits", peer(name, bits), seeds) for name in PEERS]
-        means = [Summary.of(found.values()) if found else None for found in (*own, *others)]
-        differences = [behind(own[-1], found) for found in others]
-        cells = [cell(mean, SEEDS) for mean in means]
-        rows.append((str(bits), *cells, *(cell(found, SEEDS, "+") for found in differences)))
+        theirs = [results.accuracies(task, peer(name, bits), seeds) for name in others]
+        if any(theirs):
+            means = [Summary.of(found.values()) if found else None for found in (*own, *theirs)]
+            differences = [behind(own[-1], found) for found in theirs]
+            cells = [cell(mean, SEEDS) for mean in means]
+            rows.append((str(bits), *cells, *(cell(found, SEEDS, "+") for found in differences)))
+    if not rows:
+        return ()
     schemes = [f"`{scheme}`, {LEARNED[0]}" for scheme in COMPARED]
-    return table(
-        ("bits", *schemes, *PEERS, *(f"`{COMPARED[-1]}` - {name}" for name in PEERS)), rows
-    )
+    minus = [f"`{COMPARED[-1]}` - {name}" for name in others]
+    return heading(TASKS[task]), table(("bits", *schemes, *others, *minus), rows)
 
 
 def frozen(results: Results) -> str:

@@ -200,7 +200,7 @@ PLAN: tuple[Step, ...] = (
     Step(("kws",), _peers(("torchao",), BITS)),
     Step(("kws_long",), (FLOAT, *_all(BOTH, "PTQ", ("absmax", "mse"), MAIN_BITS))),
     Step(("kws_long",), _all((*BOTH, "tflite"), "QAT", ("lsq",), MAIN_BITS)),
-    Step(("kws_long",), _all(("linger",), "QAT", ("tqt",), MAIN_BITS)),
+    Step(("kws_long",), _all(BOTH, "QAT", ("tqt",), MAIN_BITS)),
     Step(("kws_long",), _peers(("torchao",), MAIN_BITS)),
     Step(NETWORKS, _all(BOTH, "QAT", ("absmax", "lsq"), OTHER_BITS)),
     Step(CONVOLUTIONAL, _all(("tflite",), "QAT", ("absmax", "lsq"), OTHER_BITS)),
