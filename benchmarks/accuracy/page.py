@@ -134,24 +134,24 @@ def peers_of(task: str) -> list[str]:
 
 def compared(results: Results, task: str, others: Sequence[str]) -> tuple[str, ...]:
     """Return a title and the table of one network, nothing where nobody else trains it."""
-    seeds = range(SEEDS)
     rows = []
     for bits in BITS:
-        own = [
-            results.accuracies(task, ours(scheme, "QAT", LEARNED[0], bits), seeds)
-            for scheme in COMPARED
-        ]
-        theirs = [results.accuracies(task, peer(name, bits), seeds) for name in others]
-        if any(theirs):
-            means = [Summary.of(found.values()) if found else None for found in (*own, *theirs)]
-            differences = [behind(own[-1], found) for found in theirs]
-            cells = [cell(mean, SEEDS) for mean in means]
-            rows.append((str(bits), *cells, *(cell(found, SEEDS, "+") for found in differences)))
+        own = [ours(scheme, "QAT", LEARNED[0], bits) for scheme in COMPARED]
+        theirs = [peer(name, bits) for name in others]
+        found = [results.accuracies(task, recipe) for recipe in (*own, *theirs)]
+        if any(found[len(own) :]):
+            seeds = set.intersection(*(set(one) for one in found if one))
+            found = [{seed: one[seed] for seed in seeds & one.keys()} for one in found]
+            means = [Summary.of(one.values()) if one else None for one in found]
+            differences = [behind(found[len(own) - 1], one) for one in found[len(own) :]]
+            cells = [cell(mean, len(seeds)) for mean in means]
+            cells += [cell(difference, len(seeds), "+") for difference in differences]
+            rows.append((str(bits), str(len(seeds)), *cells))
     if not rows:
         return ()
     schemes = [f"`{scheme}`, {LEARNED[0]}" for scheme in COMPARED]
     minus = [f"`{COMPARED[-1]}` - {name}" for name in others]
-    return heading(TASKS[task]), table(("bits", *schemes, *others, *minus), rows)
+    return heading(TASKS[task]), table(("bits", "seeds", *schemes, *others, *minus), rows)
 
 
 def frozen(results: Results) -> str:
