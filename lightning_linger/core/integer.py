@@ -120,8 +120,8 @@ def rescale_fixed_point(
     """
     whole = acc.to(torch.int64)
     m, shift = quantize_multipliers(ratios, whole)
-    if len(ratios) > 1:
-        m, shift = (v.view(-1, *([1] * trailing)) for v in (m, shift))
+    along = (-1, *([1] * trailing)) if len(ratios) > 1 else ()
+    m, shift = m.view(along), shift.view(along)
     if wide:
         return multiply_wide(whole, m, shift)
     return multiply_by_quantized_multiplier(whole, m, shift, engine.multiplier_rounding)

@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_linger as linger
 from lightning_linger.export import export_onnx
+from lightning_linger.export.inspection import inspect_model
 from tests.export.linger_models import (
     MANY_STEPS,
     PLATFORMS,
@@ -347,3 +348,22 @@ def test_a_large_pool_names_its_platform(tmp_path):
     pool = next(node for node in proto.graph.node if node.op_type == "MaxPool")
     assert pool.domain == "linger"
     assert attributes(proto, pool.name)["platform"] == "venusA"
+
+
+@pytest.mark.parametrize("platform", ["venusa", "arcs"])
+def test_stacked_cell_states_are_joined_at_their_own_scale(platform, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 6)
+    rnn = nn.LSTM(6, 4, num_layers=2, batch_first=True, bidirectional=True)
+    model = Lambda(lambda m, x: m.rnn(m.fc(x)), fc=nn.Linear(6, 6), rnn=rnn)
+    model = quantized(model, x, platform=platform)
+    proto = exported(model, tmp_path, x)
+    assert inspect_model(tmp_path / "model.onnx").problems == []
+    (join,) = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type == "QCat" and attributes(proto, node.name)["o_bits"] == 32
+    ]
+    found = attributes(proto, join)
+    assert {found[f"scale_x_{index}"] for index in range(4)} == {2.0**15} == {found["scale_o"]}
+    assert "QMul" not in ops(proto)

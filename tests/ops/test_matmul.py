@@ -375,3 +375,16 @@ def test_what_is_advised_in_the_place_of_bilinear_is_the_same_and_runs_on_intege
     train(model, inputs, 2, 0.0)
     assert all(row.system == "fake" for row in linger.summary(model))
     assert_integer_exact(model.eval(), *inputs)
+
+
+@pytest.mark.parametrize("platform", ["venusa", "onnxruntime", "tflite"])
+def test_the_product_of_two_vectors_is_a_number(platform: str) -> None:
+    torch.manual_seed(0)
+    model, x = Lambda(lambda m, x: torch.dot(*m.fc(x)), fc=nn.Linear(6, 5)), torch.randn(2, 6)
+    linger.prepare(model, (x,))
+    linger.quantize(model, QuantConfig(platform=platform))
+    train(model, (x,), 2, 0.0)
+    assert model(x).shape == ()
+    model.eval()
+    assert model(x).shape == ()
+    assert_integer_exact(model, x)

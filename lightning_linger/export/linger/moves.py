@@ -28,6 +28,8 @@ Perm = tuple[int, ...]
 Swap = tuple[int, int, int]
 
 _COMMON = ("platform", "quant_mode", "platform_quant")
+# Which result of an LSTM is its cell state, at a scale of its own.
+_CELL = 2
 
 _LEGAL: frozenset[Perm] = frozenset(
     [
@@ -214,10 +216,13 @@ class Mover:
 
     def _grid(self, x: ir.Value) -> tuple[dict[str, Any], float]:
         """Return the attributes that all ops carry, and the scale of codes."""
-        node = _origin(x)
-        if node is not None:
+        made = _made_by_the_engine(x)
+        node = None if made is None else made.producer()
+        if made is not None and node is not None:
             named = {name: a.value for name, a in node.attributes.items()}
             scale = named.get("scale_o", named.get("scale_x"))
+            if node.op_type == "QLSTM" and made.index() == _CELL:
+                scale = named["scale_c"]
             if scale is not None and "platform" in named:
                 return {n: named[n] for n in _COMMON if n in named}, float(scale)
         return refuse(
@@ -229,13 +234,14 @@ class Mover:
         return next((attribute.as_string() for attribute in named if attribute is not None), "")
 
 
-def _origin(x: ir.Value | None) -> ir.Node | None:
-    """Return the op of the engine that made codes, wherever they were moved since."""
-    node = None if x is None else x.producer()
-    while node is not None and node.domain != DOMAIN:
-        source = node.inputs[0] if node.inputs else None
-        node = None if source is None else source.producer()
-    return node
+def _made_by_the_engine(x: ir.Value | None) -> ir.Value | None:
+    """Return codes as an op of the engine made them, wherever they were moved since."""
+    while x is not None:
+        node = x.producer()
+        if node is None or node.domain == DOMAIN:
+            return None if node is None else x
+        x = node.inputs[0] if node.inputs else None
+    return None
 
 
 def refuse(node: ir.Node, what: str, why: str, remedy: str) -> NoReturn:
@@ -247,7 +253,8 @@ def refuse(node: ir.Node, what: str, why: str, remedy: str) -> NoReturn:
         why: The reason.
         remedy: What to do, as a sentence without its end.
     """
-    origin = _origin(node.inputs[0])
+    made = _made_by_the_engine(node.inputs[0])
+    origin = None if made is None else made.producer()
     site = "an input" if origin is None else f"`{origin.name}`"
     msg = (
         f"behind {site}: the linger dialect has no form of {what} because {why}. {remedy}, or "

@@ -31,7 +31,7 @@ CASES = [
     _divided("near-zero", lambda a, b: a.clamp(-1, 1) / (b.relu() + 0.05), largest=8.0),
     _divided("number", lambda a: a / 3, 1, gradient="finite"),
     _divided("power-of-two", lambda a: a / -4.0, 1),
-    _divided("from-number", lambda a: 0.7 / (a.abs() + 0.5), 1),
+    _divided("from-number", lambda a: 0.7 / (a * a + 0.5), 1),
     _divided("broadcast", lambda a, b: a / (b.abs().mean((2, 3), keepdim=True) + 0.3)),
     _divided("in-place", lambda a, b: (a * 2).div_(b * b + 0.5), gradient="none"),
     Case("cat", "three", on_convs(lambda a, b: torch.cat([a, b * 0.2, a], 1), 2)),

@@ -23,7 +23,7 @@ NARROW = {"linger/16": "the engine changes the step of 8-bit codes only"}
 CASES = [
     Case("quantization_point", "same", between(), refused=NARROW),
     Case("quantization_point", "range", between(range=1.0), refused=NARROW),
-    Case("quantization_point", "learned", between(range="tqt"), gradient="finite", refused=NARROW),
+    Case("quantization_point", "learned", between(range="lsq"), gradient="finite", refused=NARROW),
     Case(
         "quantization_point",
         "first",
