@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,34 +53,34 @@ def mean_error(model: nn.Module, x: Tensor, wanted: Tensor) -> float:
 
 
 CORRECTABLE = {
-    "a linear layer": ([nn.Linear(6, 5)], (64, 6), False, "net.0.bias"),
-    "a convolution": ([nn.Conv2d(3, 5, 3)], (8, 3, 6, 6), False, "net.0.bias"),
+    "a linear layer": (lambda: [nn.Linear(6, 5)], (64, 6), False, "net.0.bias"),
+    "a convolution": (lambda: [nn.Conv2d(3, 5, 3)], (8, 3, 6, 6), False, "net.0.bias"),
     "a transposed one": (
-        [nn.ConvTranspose2d(4, 6, 3, groups=2)],
+        lambda: [nn.ConvTranspose2d(4, 6, 3, groups=2)],
         (8, 4, 6, 6),
         False,
         "net.0.bias",
     ),
     "folded, without bias": (
-        [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)],
+        lambda: [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)],
         (8, 3, 6, 6),
         True,
         "net.1.bias",
     ),
     "folded, with bias": (
-        [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)],
+        lambda: [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)],
         (8, 3, 6, 6),
         True,
         "net.1.bias",
     ),
     "folded, without beta": (
-        [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)],
+        lambda: [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)],
         (8, 3, 6, 6),
         True,
         "net.0.bias",
     ),
     "before a batch norm": (
-        [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)],
+        lambda: [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)],
         (8, 3, 6, 6),
         False,
         "net.1.bias",
@@ -89,9 +90,9 @@ CORRECTABLE = {
 
 @pytest.mark.parametrize(("layers", "shape", "fold", "bias"), CORRECTABLE.values(), ids=CORRECTABLE)
 def test_the_mean_error_goes(
-    layers: list[nn.Module], shape: tuple[int, ...], fold: bool, bias: str
+    layers: Callable[[], list[nn.Module]], shape: tuple[int, ...], fold: bool, bias: str
 ) -> None:
-    model = biased(*copy.deepcopy(layers))
+    model = biased(*layers())
     x = torch.rand(shape)
     model.train()(x * 1.5)  # statistics that are not those of the data
     wanted = model.eval()(x).detach()
